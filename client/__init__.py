@@ -1,0 +1,1 @@
+"""Model, data, local training, and the Flower ClientApp."""

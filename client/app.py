@@ -1,0 +1,43 @@
+"""The Flower ClientApp: the seam `client.train` for exactly one message, a cohort of one."""
+
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from ..protocols.records import (
+    assignment_from_records,
+    description_to_records,
+    update_to_records,
+)
+from .client import Client
+
+
+def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
+    """A ClientApp around a function that gives the client of a context (and is expected to keep it loaded)."""
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return Message(description_to_records(client_of(context).describe()), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        (update,) = client_of(context).train([assignment_from_records(message.content)])
+        return Message(update_to_records(update), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        client = client_of(context)
+        assignment = assignment_from_records(message.content)
+        client.load(assignment.payload)
+        metrics = client.evaluate(assignment.node).metrics(client.adapted.task)
+        records = RecordDict(
+            {
+                "metrics": MetricRecord(dict(metrics)),
+                "evaluated": ConfigRecord({"node": assignment.node, "version": assignment.version}),
+            }
+        )
+        return Message(records, reply_to=message)
+
+    return app

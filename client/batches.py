@@ -1,0 +1,40 @@
+"""Which examples a node trains on, in which order: keyed by run, round and node, and by nothing else.
+
+Batches hold examples of like length, so little is padded. Two nodes visit their lengths in the same order (quantile
+by quantile), so that the members of a cohort pad little too, although each has its own data.
+"""
+
+import numpy as np
+
+from ..protocols.keys import derive, generator
+from ..protocols.spec import Local
+from .tasks import Indices
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: int) -> list[Indices]:
+    """Positions in the node's own examples, one array a step.
+
+    `local.steps` batches, or `local.epochs` passes (one, if neither is set); a node with fewer examples than a batch
+    uses all of them in each step. No examples give no batches.
+    """
+    count = len(lengths)
+    if count == 0:
+        return []
+    epoch_steps = -(-count // local.batch_size)
+    steps = local.steps or epoch_steps * (local.epochs or 1)
+    batches: list[Indices] = []
+    for epoch in range(-(-steps // epoch_steps)):
+        random = generator(derive(seed, "batches", round_, node, epoch))
+        near_length = lengths * random.uniform(0.9, 1.1, count)
+        by_length = np.array_split(np.argsort(near_length, kind="stable"), epoch_steps)
+        start = generator(derive(seed, "quantiles", round_, epoch)).random()
+        batches += [by_length[i] for i in _quantile_order(epoch_steps, start)]
+    return batches[:steps]
+
+
+def _quantile_order(count: int, start: float) -> Indices:
+    """A permutation of 0 … count−1 whose t-th item lies near the quantile `frac(start + t·golden)`, for any count."""
+    quantiles = (start + GOLDEN * np.arange(count)) % 1.0
+    return np.asarray(np.argsort(np.argsort(quantiles)), np.int64)

@@ -1,0 +1,68 @@
+"""What a run leaves in its folder: the spec as run, metrics.jsonl, the adapter in peft's format, report.html."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from .protocols.errors import OutputError
+from .protocols.spec import RunSpec
+
+
+def spec_toml(spec: RunSpec) -> str:
+    """A spec as TOML, without the keys that are not set."""
+    return tomli_w.dumps(spec.model_dump(exclude_none=True, mode="json"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing. Raises OutputError."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+class RunFolder:
+    """The output folder of one run. Raises OutputError at once where it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+    @property
+    def store(self) -> Path:
+        """The SQLite store that a run interrupted at any point resumes from."""
+        return self.path / "run.sqlite"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def begin(self, spec: RunSpec, rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Write the spec and the rows that a resumed run already has."""
+        write_text(self.path / "spec.toml", spec_toml(spec))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return self
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one round's line to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,184 @@
+"""A simulation from spec to result: it wires client, server and simulator together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .client.evaluation import score
+from .outputs import RunFolder, spec_toml
+from .progress import Silent, Watch
+from .protocols.keys import derive, generator
+from .protocols.layout import Flat
+from .protocols.recipes import recipe_of
+from .protocols.spec import RunSpec
+from .protocols.update import Description
+from .report import ClientScore, Curve, Report, write
+from .server.coordinator import Coordinator, Evaluate, Progress, best_round
+from .server.export import save_adapter
+from .server.store import MemoryStore, Row, SqliteStore, Store
+from .sim.federation import Federation, build
+from .sim.grid import LocalGrid
+
+if TYPE_CHECKING:
+    from .client.client import Client
+
+SCORED_CLIENTS, SCORED_EXAMPLES = 60, 480
+"""How many clients the report's spread shows, and how many examples are scored for it in all."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a coordinator leaves: rows, and the adapter (fp32 over the layout) of the best round, else of the last."""
+
+    rows: list[Row]
+    description: Description
+    adapter: Flat
+    complete: bool
+
+
+@dataclass
+class Result:
+    """A simulation that has ended, or was interrupted.
+
+    `metrics` has one row a round (round 0 is the start); `curves` are comparisons for the report.
+    """
+
+    spec: RunSpec
+    outcome: Outcome
+    federation: Federation
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[Row]:
+        return self.outcome.rows
+
+    @property
+    def best_round(self) -> int | None:
+        return best_round(self.outcome.rows)
+
+    @property
+    def adapter(self) -> dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]:
+        """The best round's adapter (the last's, without evaluation): tensors under peft's names."""
+        return self.outcome.description.layout.split(self.outcome.adapter)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter as a folder that `peft.PeftModel.from_pretrained` loads."""
+        save_adapter(Path(folder), self.outcome.description, self.outcome.adapter)
+        return Path(folder)
+
+    def report(self, path: str | Path = "report.html") -> Path:
+        """Write the report: one self-contained HTML file."""
+        write(_report(self), Path(path))
+        return Path(path)
+
+
+def run(spec: RunSpec, out: Path | None = None, watch: Watch | None = None) -> Result:
+    """Simulate a spec. With `out`, everything is written there, and a run that was interrupted goes on.
+
+    On Ctrl-C the result so far is returned (`outcome.complete` is False).
+    """
+    watch = watch or Silent()
+    recipe_of(spec)
+    folder = RunFolder(out) if out is not None else None
+    watch.say("loading model and data …")
+    federation = build(spec)
+    watch.say(_greeting(spec, federation))
+    store = SqliteStore(folder.store) if folder else MemoryStore()
+    outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder)
+    result = Result(spec, outcome, federation)
+    if folder is not None:
+        result.save(folder.adapter)
+        result.report(folder.report)
+    return result
+
+
+def coordinate(
+    spec: RunSpec,
+    client: "Client",
+    store: Store,
+    evaluate: Evaluate | None,
+    watch: Watch,
+    folder: RunFolder | None = None,
+) -> Outcome:
+    """Run (or resume) a spec over the nodes of `client` on the local grid, until it ends or is interrupted."""
+
+    def portion(progress: Progress) -> None:
+        watch.portion(progress.round, progress.answered / max(1, progress.cohort))
+
+    coordinator = Coordinator(spec, LocalGrid(client), store, evaluate=evaluate, progress=portion)
+    rows = store.rows(spec.run.name)
+    if folder is not None:
+        folder.begin(spec, rows)
+    watch.start(spec.run.name, spec.run.rounds, len(rows) - 1)
+    complete = True
+    try:
+        for row in coordinator.rounds():
+            watch.row(row)
+            if folder is not None:
+                folder.append(row)
+    except KeyboardInterrupt:
+        complete = False
+    adapter = coordinator.adapter(coordinator.best_round())
+    return Outcome(store.rows(spec.run.name), coordinator.description, adapter, complete)
+
+
+def client_scores(federation: Federation, start: Flat, end: Flat) -> list[ClientScore]:
+    """Loss before and after the run on the data of up to SCORED_CLIENTS clients, drawn by key."""
+    client = federation.client
+    random = generator(derive(client.spec.run.seed, "report"))
+    nodes = np.sort(random.permutation(client.nodes())[:SCORED_CLIENTS])
+    share = max(1, SCORED_EXAMPLES // max(1, len(nodes)))
+    own = [random.permutation(client.sites.indices[node])[:share] for node in nodes.tolist()]
+    losses: list[list[float]] = []
+    for adapter in (start, end):
+        federation.adapted.write(adapter)
+        scores = score(federation.adapted, client.sites.examples, np.concatenate(own))
+        bounds = np.cumsum([0, *map(len, own)])
+        parts = (scores.of(np.arange(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        losses.append([part.metrics(federation.adapted.task)["loss"] for part in parts])
+    return [
+        ClientScore(federation.names[node], len(client.sites.indices[node]), before, after)
+        for node, before, after in zip(nodes.tolist(), *losses, strict=True)
+    ]
+
+
+def _greeting(spec: RunSpec, federation: Federation) -> str:
+    empty = f" ({federation.empty} more have no data and are skipped)" if federation.empty else ""
+    return (
+        f"{len(federation.client.nodes())} clients{empty}, {len(federation.client.sites.examples):,} examples; "
+        f"recipe {spec.recipe.name}, {_trainable(federation)} trainable"
+    )
+
+
+def _trainable(federation: Federation) -> str:
+    whole = sum(p.numel() for p in federation.adapted.model.parameters())
+    return f"{federation.client.trained.size:,} of {whole:,} parameters"
+
+
+def _report(result: Result) -> Report:
+    spec, federation = result.spec, result.federation
+    moved: Callable[[str], int] = lambda key: sum(row.get(key, 0) for row in result.metrics)
+    facts = {
+        "Recipe": spec.recipe.name,
+        "Base": spec.model.base.rstrip("/").rpartition("/")[2],
+        "Clients": f"{len(federation.client.nodes()):,}" + (f" (+{federation.empty} empty)" * bool(federation.empty)),
+        "Trainable": _trainable(federation),
+        "Local training": f"{spec.local.optimizer}, rate {spec.local.learning_rate:g}, batch {spec.local.batch_size}",
+        "Codec": f"{spec.wire.downlink} down, {spec.wire.codec} up",
+        "Bytes": f"{moved('bytes_down'):,} down, {moved('bytes_up'):,} up",
+        "Privacy": "no formal guarantee",
+        "Seed": str(spec.run.seed),
+    }
+    start = result.outcome.description.start
+    return Report(
+        title=spec.run.name,
+        curves=[Curve(spec.recipe.name, result.metrics), *result.curves],
+        spec=spec_toml(spec),
+        facts=facts,
+        clients=client_scores(federation, start, result.outcome.adapter),
+        best_round=result.best_round,
+        note="" if result.outcome.complete else "The run was interrupted; this is what it had reached.",
+    )

@@ -1,0 +1,1 @@
+"""Fast maths with a plain reference beside each."""

@@ -1,0 +1,254 @@
+"""The cohort: C adapters over one frozen base, in one forward and one backward.
+
+Trainable tensors get a leading axis C; the rows of a batch are member-major, so rows `m·b … (m+1)·b − 1` belong to
+member m. The base runs once over all C·b rows, the factors as batched matmuls. The sum of the members' losses gives
+each member its own gradient, because no member's output depends on another's tensors.
+
+Three forwards with one signature; each is slower than the one before, and none gives different numbers:
+
+    Batched    `bmm` over stacked LoRA factors and stacked heads (nn.Linear)
+    Vmapped    `torch.vmap` over `functional_call`: any adapter whose forward vmap can trace
+    Looped     one member after another: the plain reference
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Stack = dict[str, Tensor]
+"""Parameter name ⇒ tensor (C, *shape) of every member's own values."""
+
+Inputs = Mapping[str, Tensor]
+"""Keyword arguments of the model; each tensor is (C·b, …), member-major."""
+
+Dropout = Callable[[str, int, Tensor], Tensor]
+"""(name of the LoRA module, member, that member's input (rows, in)) ⇒ the input with the member's own mask applied."""
+
+
+class NotBatchableError(Exception):
+    """The batched kernel does not know this trainable tensor; a fallback does."""
+
+
+class Forward(Protocol):
+    """A forward of the whole cohort."""
+
+    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
+        """Logits (C·b, …), fp32, member-major."""
+
+
+def members(stack: Stack) -> int:
+    """C, the number of members in a stack."""
+    return next(iter(stack.values())).shape[0]
+
+
+class Batched:
+    """LoRA factors on linear layers as batched matmuls, heads likewise.
+
+    Raises NotBatchableError when a tensor of `names` (parameter names of `model`) is neither a factor of a plain
+    `peft` LoRA layer nor the weight or bias of an `nn.Linear`.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model = model
+        self.lora: dict[str, LoraLinear] = {}
+        self.heads: dict[str, nn.Linear] = {}
+        for name in names:
+            layer_name, factor, _ = name.partition(".lora_")
+            layer = model.get_submodule(layer_name if factor else name.rpartition(".")[0])
+            if factor and _is_plain(layer, name):
+                self.lora[layer_name] = layer
+            elif not factor and type(layer) is nn.Linear:
+                self.heads[name.rpartition(".")[0]] = layer
+            else:
+                raise NotBatchableError(f"{name}: {type(layer).__name__}")
+
+    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
+        with self._patched(stack, dropout):
+            logits: Tensor = self.model(**inputs).logits
+            return logits.float()
+
+    @contextmanager
+    def _patched(self, stack: Stack, dropout: Dropout | None) -> Iterator[None]:
+        """The model with the stacked forwards in place of the modules' own."""
+        for name, layer in self.lora.items():
+            layer.forward = _lora_forward(name, layer, stack, dropout)
+        for name, head in self.heads.items():
+            head.forward = _head_forward(name, head, stack)
+        try:
+            yield
+        finally:
+            for module in (*self.lora.values(), *self.heads.values()):
+                del module.forward
+
+
+class Vmapped:
+    """Any adapter that `torch.vmap` can trace. Adapter dropout is not supported here: the loop has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
+        if dropout is not None:
+            raise NotBatchableError("adapter dropout with an adapter that the batched kernel does not know")
+        count = members(stack)
+
+        frozen = _untrained(self.model, stack)
+
+        def one(values: dict[str, Tensor], rows: dict[str, Tensor]) -> Tensor:
+            logits: Tensor = functional_call(self.model, {**frozen, **values}, (), rows).logits
+            return logits
+
+        per_member = {key: value.unflatten(0, (count, -1)) for key, value in inputs.items()}
+        logits: Tensor = torch.vmap(one)(stack, per_member)
+        return logits.flatten(0, 1).float()
+
+
+class Looped:
+    """Each member by itself, through the stock modules: the reference of the other two."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.lora = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
+        count = members(stack)
+        frozen = _untrained(self.model, stack)
+        logits = []
+        for member in range(count):
+            values = {**frozen, **{name: tensor[member] for name, tensor in stack.items()}}
+            rows = {key: value.unflatten(0, (count, -1))[member] for key, value in inputs.items()}
+            with self._dropped(member, dropout):
+                logits.append(functional_call(self.model, values, (), rows).logits)
+        return torch.cat(logits).float()
+
+    @contextmanager
+    def _dropped(self, member: int, dropout: Dropout | None) -> Iterator[None]:
+        """The stock modules, their dropout replaced by this member's keyed masks."""
+        if dropout is None:
+            yield
+            return
+        stock = [(layer, dict(layer.lora_dropout)) for layer in self.lora.values()]
+        for name, layer in self.lora.items():
+            for adapter in layer.lora_dropout:
+                layer.lora_dropout[adapter] = _MemberDropout(name, member, dropout)
+        try:
+            yield
+        finally:
+            for layer, own in stock:
+                layer.lora_dropout.update(own)
+
+
+class _MemberDropout(nn.Module):
+    """One member's keyed mask as the module that stock peft calls."""
+
+    def __init__(self, name: str, member: int, dropout: Dropout) -> None:
+        super().__init__()
+        self.name, self.member, self.dropout = name, member, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.name, self.member, x.reshape(-1, x.shape[-1])).view_as(x)
+
+
+def fastest(model: nn.Module, names: list[str], inputs: Inputs) -> Forward:
+    """The fastest forward that gives the loop's logits and gradients on `inputs` (two members; rows of real data).
+
+    Trying is the only honest test: a model may reorder its rows inside, and then no rule about its layers helps.
+    """
+    stack = _probe_stack(model, names)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    reference = _logits_and_gradients(Looped(model), stack, inputs)
+    for make in (lambda: Batched(model, names), lambda: Vmapped(model)):
+        try:
+            candidate: Forward = make()
+            result = _logits_and_gradients(candidate, stack, inputs)
+        except (NotBatchableError, RuntimeError, ValueError, TypeError):
+            continue
+        if all(_close(x, y, tolerance) for x, y in zip(result, reference, strict=True)):
+            return candidate
+    return Looped(model)
+
+
+def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout | None) -> Callable[..., Tensor]:
+    adapter = layer.active_adapters[0]
+    a = stack.get(
+        f"{name}.lora_A.{adapter}.weight", layer.lora_A[adapter].weight.detach()
+    )  # (C, r, in), or shared (r, in)
+    b = stack.get(
+        f"{name}.lora_B.{adapter}.weight", layer.lora_B[adapter].weight.detach()
+    )  # (C, out, r), or shared (out, r)
+    count, scaling = members(stack), float(layer.scaling[adapter])
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Tensor = layer.base_layer(x, *args, **kwargs)
+        rows = x.to(a.dtype).reshape(count, -1, x.shape[-1])
+        if dropout is not None:
+            rows = torch.stack([dropout(name, member, rows[member]) for member in range(count)])
+        inner = torch.matmul(rows, a.mT)  # (C, rows, r)
+        outer = b.mT.expand(count, -1, -1)
+        sums = torch.baddbmm(base.to(b.dtype).view(count, -1, base.shape[-1]), inner, outer, alpha=scaling)
+        return sums.view_as(base).to(base.dtype)
+
+    return forward
+
+
+def _head_forward(name: str, head: nn.Linear, stack: Stack) -> Callable[[Tensor], Tensor]:
+    weight = stack.get(f"{name}.weight", head.weight.detach())  # (C, out, in), or shared (out, in)
+    own_bias = None if head.bias is None else head.bias.detach()
+    bias = stack.get(f"{name}.bias", own_bias)  # (C, out), or shared (out,)
+    count = members(stack)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.to(weight.dtype).reshape(count, -1, x.shape[-1])
+        result = torch.matmul(rows, weight.mT)
+        if bias is not None:
+            result = result + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+        return result.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _untrained(model: nn.Module, stack: Stack) -> dict[str, Tensor]:
+    """The adapter's tensors that this cohort does not train, cut from the graph."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in stack}
+
+
+def _is_plain(layer: nn.Module, name: str) -> bool:
+    """A stock LoRA layer on a linear base, with nothing but `A` and `B`: no DoRA, no bias, not merged."""
+    return (
+        type(layer) is LoraLinear
+        and len(layer.active_adapters) == 1
+        and not layer.merged
+        and not layer.disable_adapters
+        and not layer.lora_variant
+        and name.endswith(".weight")
+        and (".lora_A." in name or ".lora_B." in name)
+        and layer.lora_B[layer.active_adapters[0]].bias is None
+    )
+
+
+def _probe_stack(model: nn.Module, names: list[str]) -> Stack:
+    """Two members with values of their own, so that a kernel that mixes members is caught."""
+    generator = torch.Generator().manual_seed(0)
+    stack = {}
+    for name in names:
+        value = model.get_parameter(name).detach()
+        noise = torch.randn((2, *value.shape), generator=generator, dtype=torch.float32)
+        stack[name] = (value + 0.02 * noise.to(value.device, value.dtype)).requires_grad_()
+    return stack
+
+
+def _logits_and_gradients(forward: Forward, stack: Stack, inputs: Inputs) -> list[Tensor]:
+    logits = forward(stack, inputs)
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+    gradients = torch.autograd.grad((logits * weights).sum(), list(stack.values()), allow_unused=True)
+    return [logits.detach(), *(g for g in gradients if g is not None)]
+
+
+def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    return x.shape == y.shape and bool((x - y).norm() <= tolerance * y.norm() + 1e-6)

@@ -1,0 +1,1 @@
+"""What travels between server and nodes, and the spec that says what a run is."""

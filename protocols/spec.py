@@ -1,0 +1,278 @@
+"""The run's spec: one TOML file, checked whole before anything runs (DESIGN §5)."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from .errors import SpecError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# The discriminator makes a mistake fail once: a plain union complains once for each of its members.
+Targets = Annotated[
+    Annotated[Literal["all-linear"], Tag("[word]")] | Annotated[tuple[str, ...], Tag("[list]")],
+    Discriminator(lambda value: "[word]" if isinstance(value, str) else "[list]"),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """One federated training. `patience` counts evaluations without progress before the run stops (0: never)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
+    rounds: Positive = 10
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    evaluate_every: Positive = 1
+    patience: Annotated[int, Field(ge=0)] = 0
+
+
+class Model(Section):
+    """The frozen base: a Hugging Face id, a local folder, or `builtin:byte-llama`."""
+
+    base: str
+    task: Literal["sequence-classification", "causal-lm", "image-classification"]
+    labels: Annotated[int, Field(ge=2)] | None = None
+    max_length: Annotated[int, Field(ge=2)] = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _labels_fit_task(self) -> Self:
+        if self.task != "causal-lm" and self.labels is None:
+            raise ValueError(f"labels is missing: {self.task} needs the number of classes")
+        return self
+
+
+class Adapter(Section):
+    """The trainable part. `targets` are the names of the modules that get factors; `start` warm-starts from a folder."""
+
+    method: Literal["lora"] = "lora"
+    rank: Positive = 8
+    alpha: PositiveFloat = 16.0
+    targets: Targets = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    start: str | None = None
+
+
+class Recipe(Section):
+    """How updates become the next adapter; `fedapt recipes` lists the names."""
+
+    name: str = "fedsvd"
+    weighting: Literal["examples", "uniform"] = "examples"
+    initial_a: Literal["kaiming", "orthonormal"] | None = None
+    optimizer: Literal["sgd", "nesterov", "adam"] = "sgd"
+    learning_rate: PositiveFloat = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class Local(Section):
+    """The trainer at a node: `steps` batches, or `epochs` passes over the node's data."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.0
+    batch_size: Positive = 16
+    steps: Positive | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set: keep one of them")
+        return self
+
+
+class Participation(Section):
+    """Who trains in a round: everybody, a fixed share without replacement, or each node with probability `rate`."""
+
+    sampling: Literal["all", "fixed", "poisson"] = "all"
+    rate: Fraction = 1.0
+    minimum: Annotated[int, Field(ge=0)] = 1
+    deadline_seconds: PositiveFloat = 600.0
+
+
+class Privacy(Section):
+    unit: Literal["none", "example", "client"] = "none"
+
+
+class Wire(Section):
+    """`codec` is for updates (up), `downlink` for the global adapter (down)."""
+
+    codec: Literal["fp32", "bf16", "int8"] = "fp32"
+    downlink: Literal["fp32", "bf16"] = "fp32"
+
+
+class Partition(Section):
+    """How a simulation divides one source into clients."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "by-column", "natural"] = "iid"
+    clients: Positive = 10
+    alpha: PositiveFloat = 0.5
+    classes: Positive = 2
+    column: str | None = None
+
+    @model_validator(mode="after")
+    def _column_where_needed(self) -> Self:
+        if self.kind in ("by-column", "natural") and self.column is None:
+            raise ValueError(f'column is missing: a "{self.kind}" partition needs the column to divide by')
+        return self
+
+
+class Data(Section):
+    """Simulation only: a file, a hub dataset, `builtin:stdlib` or `builtin:digits`, and its columns.
+
+    Without `evaluation`, a share `holdout` of the rows (of the groups, in a natural partition) is kept for it.
+    `limit` reads that many rows at most.
+    """
+
+    source: str
+    evaluation: str | None = None
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    limit: Positive | None = None
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    response: str | None = None
+    image: str = "image"
+    partition: Partition = Partition()
+
+    @model_validator(mode="after")
+    def _prompt_with_response(self) -> Self:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("prompt and response go together: name both columns or neither")
+        return self
+
+
+class RunSpec(Section):
+    """Everything that defines a run."""
+
+    run: Run = Run()
+    model: Model
+    adapter: Adapter = Adapter()
+    recipe: Recipe = Recipe()
+    local: Local = Local()
+    participation: Participation = Participation()
+    privacy: Privacy = Privacy()
+    wire: Wire = Wire()
+    data: Data | None = None
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a TOML file, apply `--set` overrides, check. Raises SpecError naming file, key, value and way out.
+
+        Relative paths in the spec are taken from the file's own folder.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise SpecError(f"{path}: no such file. `fedapt init` writes a commented spec to start from.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path}: cannot be read ({error}).") from None
+        return cls.parse(text, where=str(path), folder=path.parent, overrides=overrides)
+
+    @classmethod
+    def parse(
+        cls, text: str, *, where: str = "spec", folder: Path | None = None, overrides: Sequence[str] = ()
+    ) -> Self:
+        """Check a spec given as TOML text; see `load`."""
+        try:
+            raw = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"{where}: not TOML: {error}.") from None
+        for override in overrides:
+            _override(raw, override)
+        spec = cls.check(raw, where=where)
+        return spec._resolve(folder) if folder is not None else spec
+
+    @classmethod
+    def check(cls, raw: dict[str, Any], *, where: str = "spec") -> Self:
+        """Check a spec given as nested dictionaries. Raises SpecError with one line for each mistake."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            lines = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+            raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+    def _resolve(self, folder: Path) -> Self:
+        """This spec with the paths that exist relative to `folder` made absolute."""
+
+        def resolved(name: str | None) -> str | None:
+            if name is None or name.startswith("builtin:") or not (folder / name).exists():
+                return name
+            return str((folder / name).resolve())
+
+        model = self.model.model_copy(update={"base": resolved(self.model.base)})
+        adapter = self.adapter.model_copy(update={"start": resolved(self.adapter.start)})
+        data = self.data and self.data.model_copy(
+            update={"source": resolved(self.data.source), "evaluation": resolved(self.data.evaluation)}
+        )
+        return self.model_copy(update={"model": model, "adapter": adapter, "data": data})
+
+    def to_json(self) -> str:
+        """Canonical JSON: the form in which a spec is stored, hashed and sent."""
+        return self.model_dump_json(exclude_none=True)
+
+    def set(self, *overrides: str) -> Self:
+        """This spec with `section.key=value` overrides, checked anew."""
+        raw = self.model_dump(exclude_none=True)
+        for override in overrides:
+            _override(raw, override)
+        return self.check(raw, where="--set")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` in place; the value is TOML, or a bare word taken as a string."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"--set {override!r}: write it as section.key=value, for example --set run.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for key in keys[:-1]:
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise SpecError(f"--set {override!r}: {key} is a value, not a section")
+    raw[keys[-1]] = value
+
+
+def _section(spec: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
+    """The section class that holds the last key of `path`."""
+    for key in path[:-1]:
+        annotation = spec.model_fields[key].annotation if key in spec.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        spec = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), spec)
+    return spec
+
+
+def _explain(spec: type[BaseModel], problem: Any) -> str:
+    """One mistake as `key = value: what is wrong and what would be right`."""
+    path = [key for key in problem["loc"] if isinstance(key, str) and "[" not in key]
+    key = ".".join(path) or "spec"
+    if problem["type"] == "extra_forbidden":
+        legal = list(_section(spec, path).model_fields)
+        near = difflib.get_close_matches(path[-1], legal, n=1, cutoff=0.5)
+        way_out = f'did you mean "{near[0]}"?' if near else f"the keys here are {', '.join(legal)}."
+        return f"{key} = {problem['input']!r}: unknown key; {way_out}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; it must be set."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"[{key}] {message}."
+    near = difflib.get_close_matches(str(problem["input"]), _literals(problem), n=1, cutoff=0.3)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}{hint}."
+
+
+def _literals(problem: Any) -> list[str]:
+    expected = problem.get("ctx", {}).get("expected", "") if problem["type"] == "literal_error" else ""
+    return [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]

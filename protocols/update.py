@@ -1,0 +1,61 @@
+"""What travels between the server and a node: a Description once, then Assignments down and Updates up."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .layout import AdapterLayout, Flat
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the server learns of the model before the first round: it never loads the model itself.
+
+    `start` is the adapter that round 1 starts from (fp32, the whole layout); `config` is peft's adapter_config.json.
+    """
+
+    layout: AdapterLayout
+    start: Flat
+    config: Mapping[str, Any]
+    base: str
+
+    @property
+    def version(self) -> str:
+        return version_of(self.layout, self.start)
+
+
+def version_of(layout: AdapterLayout, flat: Flat) -> str:
+    """The content hash by which a global adapter is known (SHA-256 of the layout's digest and the fp32 values)."""
+    return hashlib.sha256(layout.digest.encode() + flat.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one node is asked to do in one round: train from the global adapter `version`, coded in `payload`."""
+
+    run: str
+    round: int
+    attempt: int
+    node: int
+    version: str
+    payload: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one node sends for one round.
+
+    `kind` is `delta` (trained minus received tensors, over the recipe's trained layout) or `empty` (a node without
+    data). `weight` is the number of examples the node holds.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    node: int
+    version: str
+    kind: Literal["delta", "empty"]
+    weight: float
+    payload: bytes = field(repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)

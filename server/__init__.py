@@ -1,0 +1,1 @@
+"""The server: it draws, admits, aggregates and stores, and never loads the model (no torch here)."""

@@ -1,0 +1,33 @@
+"""Admission: what an update must be before anything is computed from it. A refusal never ends a round."""
+
+import math
+
+from ..protocols.codecs import Codec
+from ..protocols.errors import PayloadError
+from ..protocols.layout import AdapterLayout
+from ..protocols.update import Assignment, Update
+
+MAX_WEIGHT = 1e12
+
+
+def refusal(update: Update, assignment: Assignment | None, codec: Codec, trained: AdapterLayout) -> str | None:
+    """Why the update is refused, or None. `assignment` is what this node was asked in this round, if anything."""
+    if assignment is None:
+        return f"node {update.node} was not asked in this round"
+    if (update.run, update.round, update.attempt) != (assignment.run, assignment.round, assignment.attempt):
+        return (
+            f"stale: round {update.round} attempt {update.attempt}, not {assignment.round} attempt {assignment.attempt}"
+        )
+    if update.version != assignment.version:
+        return f"trained from adapter {update.version[:12]}, not {assignment.version[:12]}"
+    if not (math.isfinite(update.weight) and 0 <= update.weight <= MAX_WEIGHT):
+        return f"weight {update.weight} is not in 0 … {MAX_WEIGHT:g}"
+    if update.kind == "empty":
+        return None if not update.payload else "an empty update carries a payload"
+    if update.weight == 0:
+        return "a trained update has weight 0"
+    try:
+        codec.decode(update.payload, trained)
+    except PayloadError as error:
+        return str(error)
+    return None

@@ -1,0 +1,39 @@
+"""The Flower ServerApp: the same coordinator on whatever grid Flower hands over.
+
+Under `flwr run`, `fedapt.server.app:app` reads its spec from the run's config (`spec`, TOML text or the path of a
+file) and writes the adapter to `out`, where that is set.
+"""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from ..protocols.records import spec_from_context
+from .coordinator import Coordinator, Evaluate
+from .export import save_adapter
+from .grid import FlowerGrid, NodeGrid
+from .store import MemoryStore, Store
+
+logger = logging.getLogger("flwr")
+
+
+def server_app(store: Store | None = None, evaluate: Evaluate | None = None) -> ServerApp:
+    """A ServerApp around a store (memory, if none is given) and an evaluation (none: training metrics alone)."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        spec = spec_from_context(context)
+        nodes = grid if isinstance(grid, NodeGrid) else FlowerGrid(grid)
+        coordinator = Coordinator(spec, nodes, store or MemoryStore(), evaluate=evaluate)
+        for row in coordinator.rounds():
+            logger.info("fedapt round %d: %s", row["round"], {k: v for k, v in row.items() if k != "round"})
+        if out := context.run_config.get("out"):
+            save_adapter(Path(str(out)), coordinator.description, coordinator.adapter(coordinator.best_round()))
+
+    return app
+
+
+app = server_app()

@@ -1,0 +1,232 @@
+"""The coordinator: a state machine around the store. It can be killed at any line, and resumes where the store stands.
+
+no run        ─ describe ─►  round 0 committed (the start)
+round r done  ─ draw ─────►  round r+1 open: its cohort is a committed row, never redrawn
+round open    ─ collect ──►  admitted updates are kept as they come; nodes that have answered are not asked again
+collected     ─ release ──►  aggregate, step, settle, evaluate; one transaction commits state and metrics
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..protocols.codecs import CODECS
+from ..protocols.downlink import initial_state, whole_adapter
+from ..protocols.errors import RunError, SpecError
+from ..protocols.layout import Flat
+from ..protocols.recipes import recipe_of
+from ..protocols.spec import RunSpec
+from ..protocols.update import Assignment, Description, Update, version_of
+from . import aggregation, optimizers
+from .admission import refusal
+from .grid import Failure, NodeGrid
+from .participation import draw
+from .store import Row, Snapshot, Store
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[Flat], Mapping[str, float]]
+"""A whole adapter (fp32, the layout's size) ⇒ metrics; injected, because the server does not load the model."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a round is: answers so far, of how many."""
+
+    round: int
+    answered: int
+    cohort: int
+
+
+class Coordinator:
+    """Runs one federated training to its end. Raises SpecError where the store holds another spec under this name."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        grid: NodeGrid,
+        store: Store,
+        *,
+        evaluate: Evaluate | None = None,
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.spec, self.grid, self.store = spec, grid, store
+        self.recipe = recipe_of(spec)
+        self.evaluate, self.progress = evaluate, progress
+        self.run = spec.run.name
+        self.uplink, self.downlink = CODECS[spec.wire.codec], CODECS[spec.wire.downlink]
+        self.description = self._begin()
+        self.layout = self.description.layout
+        self.trained = self.recipe.trained(self.layout)
+
+    def rounds(self) -> Iterator[Row]:
+        """Run what is left, yielding the row of each round when it is committed.
+
+        Ends after `run.rounds` rounds, or when `run.patience` evaluations have passed without progress.
+        """
+        while True:
+            rows = self.store.rows(self.run)
+            if len(rows) > self.spec.run.rounds or self._out_of_patience(rows):
+                return
+            yield self._round(rows)
+
+    def adapter(self, round_: int | None = None) -> Flat:
+        """The whole adapter after a round that was kept: the last by default, or the best."""
+        return self._whole(self.store.snapshot(self.run, round_).state)
+
+    def best_round(self) -> int | None:
+        """The round with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""
+        return best_round(self.store.rows(self.run))
+
+    def _begin(self) -> Description:
+        found = self.store.find(self.run)
+        if found is not None:
+            spec, description = found
+            if RunSpec.model_validate_json(spec).model_copy(update={"run": self.spec.run}) != self.spec:
+                raise SpecError(f'run "{self.run}" exists with another spec; give this one a name of its own')
+            return description
+        description = self.grid.describe()
+        state = initial_state(self.recipe, description.layout, description.start)
+        row: Row = {"round": 0}
+        if self.evaluate is not None:
+            row["evaluation"] = dict(self.evaluate(description.start))
+        self.store.create(self.run, self.spec.to_json(), description, Snapshot(0, state), row)
+        return description
+
+    def _round(self, rows: Sequence[Row]) -> Row:
+        started = time.monotonic()
+        round_, snapshot = len(rows), self.store.snapshot(self.run)
+        payload, received = self._pack(snapshot.state, round_)
+        cohort = self._open(round_)
+        assignments = {node: self._assignment(round_, node, payload, received) for node in cohort}
+        failures = self._collect(round_, assignments)
+        updates = self.store.contributions(self.run, round_)
+        if cohort and not updates:
+            reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
+            raise RunError(
+                f"round {round_}: none of {len(cohort)} nodes delivered an update within "
+                f"{self.spec.participation.deadline_seconds:g} s ({reasons[0] if reasons else 'no answer'}). "
+                "The round stays open: start the run again to go on with it."
+            )
+        after, error = self._release(snapshot, round_, received, [u for u in updates if u.kind == "delta"])
+        row = {
+            "round": round_,
+            **_describe(updates),
+            "refused": len(self.store.refusals(self.run, round_)),
+            "failed": len(failures),
+            "aggregation_error": error,
+            "bytes_down": len(payload) * len(cohort),
+            "bytes_up": sum(len(u.payload) for u in updates),
+        }
+        if self.evaluate is not None and self._is_evaluated(round_):
+            row["evaluation"] = dict(self.evaluate(self._whole(after.state)))
+        row["seconds"] = round(time.monotonic() - started, 4)
+        best = best_round([*rows, row])
+        self.store.commit(self.run, after, row, kept=[] if best is None else [best])
+        return row
+
+    def _open(self, round_: int) -> tuple[int, ...]:
+        nodes = self.grid.nodes()
+        if not nodes:
+            raise RunError("no node can train: none has connected, or none has an example")
+        return self.store.open_round(self.run, round_, draw(nodes, self.spec.participation, self.spec.run.seed, round_))
+
+    def _pack(self, state: Flat, round_: int) -> tuple[bytes, Flat]:
+        """The state as it travels, and as it arrives: with a lossy downlink, nodes start from what they received."""
+        layout = self.recipe.downlink(self.description.layout)
+        payload = self.downlink.encode(state, layout, key=round_)
+        return payload, self.downlink.decode(payload, layout)
+
+    def _assignment(self, round_: int, node: int, payload: bytes, received: Flat) -> Assignment:
+        version = version_of(self.recipe.downlink(self.layout), received)
+        return Assignment(self.run, round_, 1, node, version, payload)
+
+    def _collect(self, round_: int, assignments: Mapping[int, Assignment]) -> list[Failure]:
+        """Ask the nodes that have not answered yet, and keep what is admitted."""
+        answered = {update.node for update in self.store.contributions(self.run, round_)}
+        self.progress(Progress(round_, len(answered), len(assignments)))
+        waiting = [a for node, a in assignments.items() if node not in answered]
+        if not waiting:
+            return []
+        failures = []
+        self.grid.send(waiting)
+        for reply in self.grid.replies(self.spec.participation.deadline_seconds):
+            if isinstance(reply, Failure):
+                logger.warning("round %d: node %d failed: %s", round_, reply.node, reply.reason)
+                failures.append(reply)
+                continue
+            reason = refusal(reply, assignments.get(reply.node), self.uplink, self.trained)
+            if reason is None and not self.store.contribute(self.run, reply):
+                reason = "duplicate"
+            if reason is not None:
+                logger.warning("round %d: refused an update of node %d: %s", round_, reply.node, reason)
+                self.store.refuse(self.run, round_, reply.node, reason)
+                continue
+            answered.add(reply.node)
+            self.progress(Progress(round_, len(answered), len(assignments)))
+        return failures
+
+    def _release(
+        self, before: Snapshot, round_: int, received: Flat, updates: Sequence[Update]
+    ) -> tuple[Snapshot, float]:
+        """The state after the round, and the aggregation error. Without an update the state stays as it was."""
+        if not updates:
+            return Snapshot(round_, before.state, before.buffers), 0.0
+        change, error = aggregation.aggregate(
+            self.recipe, self.layout, self._whole(received), self._contributions(updates)
+        )
+        step, buffers = optimizers.step(change, before.buffers, self.spec.recipe)
+        state = before.state.copy()
+        moved = self.recipe.downlink(self.layout).split(state)
+        for name, values in self.trained.split(step).items():
+            moved[name] += values
+        state, buffers = aggregation.settle(self.recipe, self.layout, state, buffers)
+        return Snapshot(round_, state, buffers), error
+
+    def _contributions(self, updates: Sequence[Update]) -> list[aggregation.Contribution]:
+        uniform = self.spec.recipe.weighting == "uniform"
+        weights = np.array([1.0 if uniform else update.weight for update in updates])
+        weights /= weights.sum()
+        return [
+            aggregation.Contribution(float(weight), self.uplink.decode(update.payload, self.trained))
+            for weight, update in zip(weights, updates, strict=True)
+        ]
+
+    def _whole(self, state: Flat) -> Flat:
+        return whole_adapter(self.recipe, self.description.layout, self.description.start, state)
+
+    def _is_evaluated(self, round_: int) -> bool:
+        return round_ % self.spec.run.evaluate_every == 0 or round_ == self.spec.run.rounds
+
+    def _out_of_patience(self, rows: Sequence[Row]) -> bool:
+        best, patience = best_round(rows), self.spec.run.patience
+        if best is None or patience == 0:
+            return False
+        return sum("evaluation" in row for row in rows[best + 1 :]) >= patience
+
+
+def best_round(rows: Sequence[Row]) -> int | None:
+    """The round with the highest accuracy, or the lowest loss where there is no accuracy; the first of equals."""
+
+    def badness(row: Row) -> float:
+        metrics = row["evaluation"]
+        return float(-metrics["accuracy"] if "accuracy" in metrics else metrics["loss"])
+
+    evaluated = [row for row in rows if "evaluation" in row]
+    return min(evaluated, key=badness)["round"] if evaluated else None
+
+
+def _describe(updates: Sequence[Update]) -> Row:
+    """How the nodes of a round fared: counts, and the spread of their mean training losses."""
+    losses = [update.metrics["loss"] for update in updates if "loss" in update.metrics]
+    row: Row = {
+        "nodes": sum(update.kind == "delta" for update in updates),
+        "empty": sum(update.kind == "empty" for update in updates),
+    }
+    if losses:
+        low, high = np.percentile(losses, [10, 90])
+        row |= {"train_loss": float(np.mean(losses)), "train_loss_p10": float(low), "train_loss_p90": float(high)}
+    return row

@@ -1,0 +1,96 @@
+"""The narrow protocol by which the coordinator reaches nodes, and the adapter that gives it to any Flower grid."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from ..protocols.errors import PayloadError, RunError
+from ..protocols.records import DESCRIBE, TRAIN, assignment_to_records, description_from_records, update_from_records
+from ..protocols.update import Assignment, Description, Update
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A node that answered with an error, or with something that is no update."""
+
+    node: int
+    reason: str
+
+
+@runtime_checkable
+class NodeGrid(Protocol):
+    """Nodes that can be asked to train. The grid alone knows which of them live."""
+
+    def nodes(self) -> Sequence[int]:
+        """The nodes that can train now, ascending."""
+
+    def describe(self) -> Description:
+        """The model as the nodes have it. Raises RunError where no node answers."""
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        """Hand out assignments; does not wait."""
+
+    def replies(self, timeout: float) -> Iterator[Update | Failure]:
+        """Answers to what was sent, as they come, until all are in or `timeout` seconds have passed."""
+
+
+class FlowerGrid:
+    """Any Flower grid (SuperLink, Flower's simulation) as a NodeGrid."""
+
+    def __init__(self, grid: Grid, wait_seconds: float = 60.0) -> None:
+        self.grid, self.wait_seconds = grid, wait_seconds
+        self._pending: list[str] = []
+
+    def nodes(self) -> list[int]:
+        deadline = time.monotonic() + self.wait_seconds
+        while not (found := sorted(self.grid.get_node_ids())) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def describe(self) -> Description:
+        nodes = self.nodes()
+        if not nodes:
+            raise RunError(f"no node has connected within {self.wait_seconds:g} s; start one and try again")
+        message = Message(RecordDict(), dst_node_id=nodes[0], message_type=DESCRIBE)
+        for reply in self.grid.send_and_receive([message], timeout=self.wait_seconds * 10):
+            if reply.has_error():
+                raise RunError(f"node {nodes[0]} could not describe its model: {reply.error.reason}")
+            return description_from_records(reply.content)
+        raise RunError(f"node {nodes[0]} did not describe its model in time")
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        messages = [
+            Message(assignment_to_records(a), dst_node_id=a.node, message_type=TRAIN, group_id=str(a.round))
+            for a in assignments
+        ]
+        self._pending = list(self.grid.push_messages(messages))
+
+    def replies(self, timeout: float) -> Iterator[Update | Failure]:
+        deadline = time.monotonic() + timeout
+        pending = set(self._pending)
+        while pending and time.monotonic() < deadline:
+            for message in self.grid.pull_messages(sorted(pending)):
+                pending.discard(message.metadata.reply_to_message_id)
+                yield read_reply(message)
+            if pending:
+                time.sleep(POLL_SECONDS)
+
+
+def read_reply(message: Message) -> Update | Failure:
+    """A reply as an Update of the node it came from, or as a Failure that says why it is none."""
+    node = message.metadata.src_node_id
+    if message.has_error():
+        return Failure(node, message.error.reason or f"error {message.error.code}")
+    try:
+        update = update_from_records(message.content)
+    except PayloadError as error:
+        return Failure(node, str(error))
+    if update.node != node:
+        return Failure(node, f"the update names node {update.node}")
+    return update

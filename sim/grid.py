@@ -1,0 +1,114 @@
+"""The grid of a simulation: all nodes live in this process, and a whole round is one call of `client.train`."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from ..client.client import Client
+from ..protocols.errors import PayloadError
+from ..protocols.records import (
+    DESCRIBE,
+    TRAIN,
+    assignment_from_records,
+    description_to_records,
+    update_to_records,
+)
+from ..protocols.update import Assignment, Description, Update
+
+SERVER_NODE = 0
+PORTION = 32
+"""Assignments trained between two reports of progress; a multiple of what fits one chunk."""
+
+
+class LocalGrid(Grid):
+    """A Flower grid in one process, and the coordinator's narrow protocol (`server.grid.NodeGrid`) without messages.
+
+    Both ways give `client.train` the same assignments; a test holds them equal.
+    """
+
+    def __init__(self, client: Client, run_id: int = 1) -> None:
+        self.client = client
+        self._run_id = run_id
+        self._numbers = count(1)
+        self._sent: list[Assignment] = []
+        self._mailbox: dict[str, Message] = {}
+
+    def nodes(self) -> list[int]:
+        return self.client.nodes()
+
+    def describe(self) -> Description:
+        return self.client.describe()
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        self._sent = list(assignments)
+
+    def replies(self, timeout: float) -> Iterator[Update]:
+        """Trains a portion of the round at a time. Virtual clients share this process, so there is no deadline."""
+        sent, self._sent = self._sent, []
+        for first in range(0, len(sent), PORTION):
+            yield from self.client.train(sent[first : first + PORTION])
+
+    def set_run(self, run: Run) -> None:
+        self._run_id = run.run_id
+
+    @property
+    def run(self) -> Run:
+        return Run.create_empty(self._run_id)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        # Message() alone would read Flower's process-global run id.
+        metadata = Metadata(self._run_id, "", SERVER_NODE, dst_node_id, "", group_id, 0.0, ttl or 3600.0, message_type)
+        return Message(content=content, metadata=metadata)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Messages wait until they are pulled, so that those of a round become one cohort."""
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = {number: self._mailbox.pop(number) for number in message_ids if number in self._mailbox}
+        training = {n: m for n, m in wanted.items() if m.metadata.message_type == TRAIN}
+        replies = self._train(training)
+        for number, message in wanted.items():
+            if message.metadata.message_type == DESCRIBE:
+                replies.append(self._reply(number, message, description_to_records(self.describe())))
+            elif number not in training:
+                replies.append(self._reply(number, message, Error(0, f"no {message.metadata.message_type} here")))
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    def _push(self, message: Message) -> str:
+        number = str(next(self._numbers))
+        self._mailbox[number] = message
+        return number
+
+    def _train(self, messages: dict[str, Message]) -> list[Message]:
+        assignments: dict[str, Assignment] = {}
+        replies = []
+        for number, message in messages.items():
+            try:
+                assignments[number] = assignment_from_records(message.content)
+            except PayloadError as error:
+                replies.append(self._reply(number, message, Error(0, str(error))))
+        updates = self.client.train(list(assignments.values()))
+        for number, update in zip(assignments, updates, strict=True):
+            replies.append(self._reply(number, messages[number], update_to_records(update)))
+        return replies
+
+    def _reply(self, number: str, message: Message, content: RecordDict | Error) -> Message:
+        asked = message.metadata
+        metadata = Metadata(
+            self._run_id, "", asked.dst_node_id, SERVER_NODE, number, asked.group_id, 0.0, asked.ttl, asked.message_type
+        )
+        if isinstance(content, Error):
+            return Message(error=content, metadata=metadata)
+        return Message(content=content, metadata=metadata)

@@ -1,0 +1,17 @@
+"""What every test shares: no network, no telemetry, and the same hypothesis examples in every run."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports Flower or Hugging Face: both read their environment once.
+os.environ |= {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+settings.register_profile("fedapt", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("fedapt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # typer, which Flower imports as well, uses names that click has deprecated; we can change neither.
+    config.addinivalue_line("filterwarnings", r"ignore:'click\.:DeprecationWarning")

@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedapt.kernels.lowrank import (
+    LowRank,
+    Matrix,
+    orthonormalize,
+    refactor,
+    refactor_reference,
+    truncate_reference,
+    weighted_sum,
+)
+
+dims = st.integers(1, 9)
+seeds = st.integers(0, 2**32)
+TOLERANCE = 1e-9  # of float64, on matrices whose entries are about 1
+
+
+@st.composite
+def factors(draw: st.DrawFn, outputs: int, inputs: int) -> LowRank:
+    """Any rank (also above `outputs` and `inputs`); b may be zero, or of less rank than it has columns."""
+    rank, kind = draw(st.integers(1, 12)), draw(st.sampled_from(["full", "full", "deficient", "zero"]))
+    random = np.random.default_rng(draw(seeds))
+    b, a = random.standard_normal((outputs, rank)), random.standard_normal((rank, inputs))
+    if kind == "deficient":
+        b = np.outer(b[:, 0], random.standard_normal(rank))
+    return LowRank(b * (kind != "zero"), a)
+
+
+one = st.tuples(dims, dims).flatmap(lambda shape: factors(*shape))
+several = st.tuples(dims, dims).flatmap(lambda shape: st.lists(factors(*shape), min_size=1, max_size=4))
+outputs_only = one.map(lambda term: term.b)
+ranks = st.integers(1, 12)
+
+
+def dense(term: LowRank) -> Matrix:
+    return np.asarray(term.b @ term.a)
+
+
+def close(left: Matrix, right: Matrix, tolerance: float = TOLERANCE) -> bool:
+    return bool(np.allclose(left, right, rtol=0, atol=tolerance * max(1.0, float(np.abs(right).max(initial=0)))))
+
+
+def assert_orthonormal_rows(a: Matrix, tolerance: float = TOLERANCE) -> None:
+    assert np.abs(a @ a.T - np.eye(len(a))).max(initial=0) < tolerance
+
+
+def assert_signs_fixed(a: Matrix) -> None:
+    """The largest entry of each row is positive (two entries of one size may share the title)."""
+    assert (a.max(axis=1) >= np.abs(a).max(axis=1) * (1 - 1e-9)).all()
+
+
+@given(several, st.data())
+def test_weighted_sum_is_the_dense_sum(terms: list[LowRank], data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.floats(-3, 3), min_size=len(terms), max_size=len(terms)))
+    total = weighted_sum(list(zip(weights, terms, strict=True)))
+    assert close(dense(total), sum((w * dense(t) for w, t in zip(weights, terms, strict=True)), np.zeros(())))
+    assert total.rank == sum(t.rank for t in terms)
+
+
+def test_a_sum_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no low-rank terms"):
+        weighted_sum([])
+
+
+def test_the_mean_of_factors_is_not_the_mean_of_products() -> None:
+    """The negative control: what FedIT averages is another matrix, and these tests can tell."""
+    random = np.random.default_rng(0)
+    terms = [LowRank(random.standard_normal((6, 2)), random.standard_normal((2, 5))) for _ in range(3)]
+    exact = np.mean([dense(t) for t in terms], axis=0)
+    of_factors = LowRank(np.mean([t.b for t in terms], axis=0), np.mean([t.a for t in terms], axis=0))
+    assert close(dense(weighted_sum([(1 / 3, t) for t in terms])), exact)
+    assert not close(dense(of_factors), exact, tolerance=0.1)
+
+
+@given(one, ranks)
+def test_truncate_equals_its_reference(term: LowRank, rank: int) -> None:
+    truncated = term.truncate(rank)
+    assert truncated.rank == rank
+    assert truncated.b.shape == (term.b.shape[0], rank)
+    singular = np.append(np.linalg.svd(dense(term), compute_uv=False), [0.0] * 13)
+    if singular[rank - 1] - singular[rank] > 1e-3 * singular[0] or singular[rank] < 1e-9:  # else it is not unique
+        assert close(dense(truncated), truncate_reference(dense(term), rank), tolerance=1e-7)
+
+
+@given(one, ranks)
+def test_no_matrix_of_the_rank_is_nearer(term: LowRank, rank: int) -> None:
+    """Eckart–Young: the error of a truncation is what the dropped singular values weigh."""
+    dropped = np.linalg.svd(dense(term), compute_uv=False)[rank:]
+    error = np.linalg.norm(dense(term) - dense(term.truncate(rank)))
+    assert abs(error - np.linalg.norm(dropped)) < 1e-8 * (1 + np.linalg.norm(dense(term)))
+
+
+@given(one, ranks)
+def test_a_truncation_has_orthonormal_rows_and_fixed_signs(term: LowRank, rank: int) -> None:
+    truncated = term.truncate(rank)
+    kept = min(rank, term.rank, *dense(term).shape)
+    assert_orthonormal_rows(truncated.a[:kept])
+    assert not truncated.a[kept:].any()
+    assert not truncated.b[:, kept:].any()
+    assert_signs_fixed(truncated.a)
+    norms = np.linalg.norm(truncated.b, axis=0)
+    assert (np.diff(norms) <= TOLERANCE * (1 + norms[0])).all()
+
+
+@given(one, ranks)
+def test_a_truncation_does_not_depend_on_the_factors(term: LowRank, rank: int) -> None:
+    """Same product, other signs of the factors: the same bits of sign come out."""
+    assert close(dense(LowRank(-term.b, -term.a).truncate(rank)), dense(term.truncate(rank)))
+    first, again = term.truncate(rank), term.truncate(rank)
+    assert np.array_equal(first.a, again.a)
+    assert np.array_equal(first.b, again.b)
+
+
+@given(one, ranks)
+def test_a_truncation_and_its_residual_make_the_whole(term: LowRank, rank: int) -> None:
+    assert close(dense(term.truncate(rank)) + dense(term.residual(rank)), dense(term))
+
+
+@given(several)
+def test_norm_and_difference_equal_the_dense_ones(terms: list[LowRank]) -> None:
+    first, last = terms[0], terms[-1]
+    assert np.isclose(first.norm(), np.linalg.norm(dense(first)), rtol=1e-9, atol=1e-9)
+    assert close(dense(first.minus(last)), dense(first) - dense(last))
+
+
+@given(one, st.floats(-4, 4), seeds)
+def test_merge_adds_the_scaled_product(term: LowRank, scaling: float, seed: int) -> None:
+    weight = np.asarray(np.random.default_rng(seed).standard_normal(dense(term).shape))
+    assert close(term.merge(weight, scaling), weight + scaling * dense(term))
+
+
+def wide(rank: int, seed: int) -> Matrix:
+    """An orthonormal A, (rank, rank + 3)."""
+    return np.asarray(np.linalg.qr(np.random.default_rng(seed).standard_normal((rank + 3, rank)))[0].T)
+
+
+@given(outputs_only, seeds)
+def test_refactor_equals_its_reference(b: Matrix, seed: int) -> None:
+    a = wide(b.shape[1], seed)
+    new_b, rotation = refactor(b)
+    assert new_b.shape == b.shape
+    assert rotation.shape == (b.shape[1], b.shape[1])
+    assert close(new_b @ (rotation @ a), b @ a)
+    reference_b, reference_a = refactor_reference(b, a)
+    assert close(new_b @ (rotation @ a), reference_b @ reference_a)
+    norms = np.zeros(b.shape[1])
+    norms[: reference_b.shape[1]] = np.linalg.norm(reference_b, axis=0)
+    assert close(np.linalg.norm(new_b, axis=0), norms)
+
+
+@given(outputs_only, seeds)
+def test_refactor_gives_an_orthogonal_rotation_and_orthogonal_falling_columns(b: Matrix, seed: int) -> None:
+    new_b, rotation = refactor(b)
+    assert_orthonormal_rows(rotation)
+    assert_orthonormal_rows(rotation @ wide(b.shape[1], seed))
+    assert_signs_fixed(rotation)
+    gram = new_b.T @ new_b
+    assert close(gram, np.diag(np.diag(gram)), tolerance=1e-9 * (1 + np.abs(gram).max()))
+    norms = np.sqrt(np.diag(gram))
+    assert (np.diff(norms) <= TOLERANCE * (1 + norms[0])).all()
+
+
+def test_refactor_needs_an_orthonormal_a() -> None:
+    """The control: over another A the columns still multiply out, but are no singular vectors of the product."""
+    random = np.random.default_rng(0)
+    b, a = random.standard_normal((6, 3)), random.standard_normal((3, 7))
+    new_b, rotation = refactor(b)
+    assert close(new_b @ (rotation @ a), b @ a)
+    assert not close(np.linalg.norm(new_b, axis=0), np.linalg.svd(b @ a, compute_uv=False)[:3], tolerance=0.1)
+
+
+@given(outputs_only)
+def test_refactoring_twice_changes_nothing_more(b: Matrix) -> None:
+    new_b, _ = refactor(b)
+    again, rotation = refactor(new_b)
+    assert close(again @ rotation, new_b)
+    assert close(np.linalg.norm(again, axis=0), np.linalg.norm(new_b, axis=0))
+
+
+@given(one)
+def test_orthonormalize_keeps_the_product(term: LowRank) -> None:
+    if term.rank > term.a.shape[1]:
+        with pytest.raises(ValueError, match="cannot have orthonormal rows"):
+            orthonormalize(term.b, term.a)
+        return
+    b, a = orthonormalize(term.b, term.a)
+    assert close(b @ a, dense(term))
+    assert_orthonormal_rows(a)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_fp32_keeps_six_digits_at_the_size_of_a_layer(rank: int) -> None:
+    random = np.random.default_rng(0)
+    b = random.standard_normal((1024, rank)).astype(np.float32)
+    a = np.linalg.qr(random.standard_normal((1024, rank)))[0].T.astype(np.float32)
+    product = b.astype(np.float64) @ a.astype(np.float64)
+
+    def relative_error(new_b: Matrix, new_a: Matrix) -> float:
+        made = new_b.astype(np.float64) @ new_a.astype(np.float64)
+        return float(np.linalg.norm(made - product) / np.linalg.norm(product))
+
+    for dtype in (np.float32, np.float64):
+        new_b, rotation = refactor(b, dtype)
+        assert new_b.dtype == rotation.dtype == dtype
+        assert relative_error(new_b, rotation @ a) <= 1e-6
+    for kept in (rank, rank + 3):
+        truncated = LowRank(b, a).truncate(kept)
+        assert truncated.b.dtype == truncated.a.dtype == np.float32
+        assert relative_error(truncated.b, truncated.a) <= 1e-6
+    total = weighted_sum([(0.25, LowRank(b, a)), (0.75, LowRank(b, a))])
+    assert total.b.dtype == np.float32
+    assert relative_error(total.truncate(rank).b, total.truncate(rank).a) <= 1e-6
+    assert relative_error(*orthonormalize(b, 3 * a / 3)) <= 1e-6

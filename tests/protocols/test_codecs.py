@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedapt.protocols.codecs import CODECS, Bf16, Codec, Fp32, Int8
+from fedapt.protocols.errors import PayloadError
+from fedapt.protocols.layout import AdapterLayout, Flat, Role, TensorSpec
+
+# Beyond these magnitudes fp32 itself loses digits (below) or the rounded value overflows (above).
+NORMAL = st.just(0.0) | st.floats(2.0**-100, 2.0**100, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
+codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
+lossy = pytest.mark.parametrize("codec", [CODECS["bf16"], CODECS["int8"]], ids=["bf16", "int8"])
+
+
+@st.composite
+def coded(draw: st.DrawFn) -> tuple[AdapterLayout, Flat]:
+    """A layout and values that fit it."""
+    layout = draw(st.from_type(AdapterLayout))
+    return layout, draw(hnp.arrays(np.float32, (layout.size,), elements=NORMAL))
+
+
+def layout_of(*shape: int, role: Role = "other") -> AdapterLayout:
+    return AdapterLayout([TensorSpec("m", shape, role)])
+
+
+def row_maxima(layout: AdapterLayout, flat: Flat) -> Flat:
+    """max|row| for every value: the plain reading of Int8's docstring."""
+    maxima = {}
+    for name, values in layout.split(flat).items():
+        role = next(t.role for t in layout.tensors if t.name == name)
+        axes: tuple[int, ...] | None = tuple(range(1, values.ndim)) if values.ndim > 1 else None
+        if values.ndim > 1 and role == "B":
+            axes = (0,)
+        maxima[name] = np.broadcast_to(np.abs(values).max(axis=axes, keepdims=True, initial=0.0), values.shape)
+    return layout.join(maxima)
+
+
+@codecs
+@given(coded(), st.integers(0, 2**128 - 1))
+def test_a_payload_has_the_size_announced(codec: Codec, case: tuple[AdapterLayout, Flat], key: int) -> None:
+    layout, flat = case
+    payload = codec.encode(flat, layout, key)
+    assert len(payload) == codec.size(layout)
+    decoded = codec.decode(payload, layout)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == flat.shape
+
+
+@codecs
+@given(coded())
+def test_encoding_leaves_its_input_alone_and_depends_on_the_key_alone(
+    codec: Codec, case: tuple[AdapterLayout, Flat]
+) -> None:
+    layout, flat = case
+    before = flat.copy()
+    assert codec.encode(flat, layout, key=5) == codec.encode(flat, layout, key=5)
+    assert np.array_equal(flat, before)
+
+
+@given(st.from_type(AdapterLayout), st.data())
+def test_fp32_is_lossless(layout: AdapterLayout, data: st.DataObject) -> None:
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    flat = data.draw(hnp.arrays(np.float32, (layout.size,), elements=finite))
+    assert Fp32().decode(Fp32().encode(flat, layout, 0), layout).tobytes() == flat.tobytes()
+
+
+@given(coded())
+def test_bf16_rounds_as_torch_does(case: tuple[AdapterLayout, Flat]) -> None:
+    layout, flat = case
+    decoded = Bf16().decode(Bf16().encode(flat, layout, 0), layout)
+    assert np.array_equal(decoded, torch.from_numpy(flat).to(torch.bfloat16).to(torch.float32).numpy())
+    assert (np.abs(decoded - flat) <= 2.0**-8 * np.abs(flat)).all()
+
+
+def test_bf16_ties_go_to_even() -> None:
+    flat = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20], np.float32)
+    decoded = Bf16().decode(Bf16().encode(flat, layout_of(4), 0), layout_of(4))
+    assert decoded.tolist() == [1, 1 + 2**-6, -1, 1 + 2**-7]
+
+
+@given(coded(), st.integers(0, 2**64))
+def test_int8_error_bound(case: tuple[AdapterLayout, Flat], key: int) -> None:
+    """|decode(encode(x)) − x| < max|row|/127; the slack is the rounding of fp32 in scale and product."""
+    layout, flat = case
+    decoded = Int8().decode(Int8().encode(flat, layout, key), layout).astype(np.float64)
+    bound = row_maxima(layout, flat).astype(np.float64)
+    assert (np.abs(decoded - flat) <= bound / 127 * (1 + 1e-4)).all()
+    assert (decoded[bound == 0] == 0).all()
+
+
+def one_row(flat: Flat, round_to: np.ufunc) -> bytes:
+    """Int8's payload of one vector, rounded by a fixed rule."""
+    scale = np.abs(flat).max(keepdims=True) / np.float32(127)
+    return b"".join((scale.astype("<f4").tobytes(), round_to(flat / scale).astype(np.int8).tobytes()))
+
+
+class Truncating(Int8):
+    """The negative control: rounds towards zero, which is a bias."""
+
+    def encode(self, flat: Flat, layout: AdapterLayout, key: int) -> bytes:
+        return one_row(flat, np.trunc)
+
+
+class Nearest(Int8):
+    """The second control: rounds to nearest, which is a bias for each single value."""
+
+    def encode(self, flat: Flat, layout: AdapterLayout, key: int) -> bytes:
+        return one_row(flat, np.rint)
+
+
+def largest_z(codec: Codec, draws: int = 400) -> float:
+    """The largest z-score of a coordinate's mean error; rounding at random has a deviation of at most half a step."""
+    flat = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    layout = layout_of(200)
+    errors = [codec.decode(codec.encode(flat, layout, key), layout) - flat.astype(np.float64) for key in range(draws)]
+    step = float(np.abs(flat).max()) / 127
+    return float(np.abs(np.mean(errors, axis=0)).max() / (0.5 * step / np.sqrt(draws)))
+
+
+def test_int8_is_unbiased_and_the_test_would_see_a_bias() -> None:
+    assert largest_z(Int8()) < 5
+    assert largest_z(Truncating()) > 10
+    assert largest_z(Nearest()) > 10
+
+
+def test_int8_rounds_by_key() -> None:
+    flat = np.random.default_rng(1).standard_normal(100).astype(np.float32)
+    first, second = (Int8().encode(flat, layout_of(100), key) for key in (1, 2))
+    assert first != second
+    assert first[:4] == second[:4], "the scale does not depend on the key"
+
+
+def test_int8_scales_b_by_column_and_a_by_row() -> None:
+    """One small rank component keeps its digits beside a large one; scaled by the other axis it would vanish."""
+    b = np.random.default_rng(2).standard_normal((40, 2)).astype(np.float32) * np.array([1, 1e-4], np.float32)
+
+    def small_component_error(values: Flat, layout: AdapterLayout) -> float:
+        error = Int8().decode(Int8().encode(values, layout, 3), layout) - values
+        return float(np.abs(error[np.abs(values) < 1e-3]).max())
+
+    by_column = small_component_error(b.ravel(), layout_of(40, 2, role="B"))
+    by_row_of_a = small_component_error(np.ascontiguousarray(b.T).ravel(), layout_of(2, 40, role="A"))
+    by_row = small_component_error(b.ravel(), layout_of(40, 2, role="other"))
+    assert max(by_column, by_row_of_a) < 4e-4 / 127 < 1e-4 < by_row
+
+
+@codecs
+@given(coded(), st.integers(-3, 5).filter(bool))
+def test_a_wrong_length_is_refused(codec: Codec, case: tuple[AdapterLayout, Flat], change: int) -> None:
+    layout, flat = case
+    payload = codec.encode(flat, layout, 0)
+    wrong = payload[:change] if change < 0 else payload + bytes(change)
+    if len(wrong) != len(payload):
+        with pytest.raises(PayloadError, match=rf"{len(wrong)} bytes received, .* has {len(payload)}"):
+            codec.decode(wrong, layout)
+
+
+@codecs
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(codec: Codec, value: float) -> None:
+    first = np.array([value], "<f4").tobytes()
+    payload = {"fp32": first + bytes(4), "bf16": first[2:] + bytes(2), "int8": first + bytes(2)}[codec.name]
+    with pytest.raises(PayloadError, match="NaN or infinity"):
+        codec.decode(payload, layout_of(2))
+
+
+def test_int8_refuses_minus_128_a_negative_scale_and_an_overflow() -> None:
+    scale = np.array([0.5], "<f4").tobytes()
+    assert Int8().decode(scale + b"\x81\x7f", layout_of(2)).tolist() == [-63.5, 63.5]
+    with pytest.raises(PayloadError, match="-128"):
+        Int8().decode(scale + b"\x80\x00", layout_of(2))
+    with pytest.raises(PayloadError, match="negative scale"):
+        Int8().decode(np.array([-0.5], "<f4").tobytes() + b"\x01\x00", layout_of(2))
+    with pytest.raises(PayloadError, match="NaN or infinity"):
+        Int8().decode(np.array([3e38], "<f4").tobytes() + b"\x7f\x00", layout_of(2))
+
+
+@codecs
+@given(st.from_type(AdapterLayout), st.data())
+def test_any_bytes_decode_to_finite_values_or_are_refused(
+    codec: Codec, layout: AdapterLayout, data: st.DataObject
+) -> None:
+    size = codec.size(layout)
+    try:
+        decoded = codec.decode(data.draw(st.binary(min_size=size, max_size=size)), layout)
+    except PayloadError:
+        return
+    assert decoded.shape == (layout.size,)
+    assert np.isfinite(decoded).all()

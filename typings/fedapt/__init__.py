@@ -1,0 +1,1 @@
+../../fedapt/__init__.py
