@@ -8,9 +8,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
-
-import numpy as np
 
 from ..kernels.cohort import Forward, fastest
 from ..protocols.codecs import CODECS
@@ -23,7 +20,7 @@ from ..protocols.update import Assignment, Description, Update
 from .batches import plan_batches
 from .evaluation import Scores, score
 from .models import AdaptedModel
-from .tasks import Examples
+from .tasks import Examples, Indices
 from .trainer import Member, Trained, Trainer
 
 
@@ -32,7 +29,7 @@ class Sites:
     """The data held here: the examples, and for each node the indices of its own (int64, ascending)."""
 
     examples: Examples
-    indices: Mapping[int, np.ndarray[Any, np.dtype[np.int64]]]
+    indices: Mapping[int, Indices]
 
 
 class Client:
@@ -71,7 +68,10 @@ class Client:
         )
 
     def train(self, assignments: Sequence[Assignment]) -> list[Update]:
-        """One Update an Assignment, in the order given. Raises PayloadError for a payload that does not fit."""
+        """One Update an Assignment, in the order given.
+
+        Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
+        """
         updates: list[Update] = []
         for _, group in groupby(assignments, key=lambda a: (a.version, a.payload)):
             cohort = list(group)
@@ -86,38 +86,42 @@ class Client:
         self.adapted.write(whole_adapter(self.recipe, self.adapted.layout, self.start, state))
 
     def evaluate(self, node: int) -> Scores:
-        """Scores of the adapter in the model on a node's own data."""
-        return score(self.adapted, self.sites.examples, self.sites.indices[node])
+        """Scores of the adapter in the model on a node's own data. Raises DataError where it is not held here."""
+        return score(self.adapted, self.sites.examples, self._own(node))
 
     def _train(self, cohort: Sequence[Assignment]) -> list[Update]:
         """Assignments that start from the adapter which is in the model."""
         plans = [self._member(assignment) for assignment in cohort]
         busy = [plan for plan in plans if plan.batches]
-        trainer = Trainer(self.adapted, self._fastest(busy), self.trained, self.spec.local)
-        results = iter(trainer.train(self.sites.examples, busy))
+        results = iter(self._trainer(busy[0]).train(self.sites.examples, busy) if busy else ())
         return [
             self._update(assignment, next(results) if plan.batches else None)
             for assignment, plan in zip(cohort, plans, strict=True)
         ]
 
     def _member(self, assignment: Assignment) -> Member:
-        if assignment.node not in self.sites.indices:
-            raise DataError(f"node {assignment.node} was asked to train, and its data is not held here")
-        own = self.sites.indices[assignment.node]
+        own = self._own(assignment.node)
         lengths = self.sites.examples.lengths[own]
         key = (self.spec.run.seed, assignment.round, assignment.node)
         batches = plan_batches(lengths, self.spec.local, *key)
         return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]))
 
-    def _fastest(self, plans: Sequence[Member]) -> Forward:
-        """The forward to use, chosen once on a few rows of real data."""
+    def _own(self, node: int) -> Indices:
+        if node not in self.sites.indices:
+            raise DataError(
+                f"node {node} was asked for, and its data is not held here; the nodes here are {self.nodes()[:20]}"
+            )
+        return self.sites.indices[node]
+
+    def _trainer(self, first: Member) -> Trainer:
+        """A trainer with the forward to use, which is chosen once on a few rows of real data: the first member's."""
         if self._forward is None:
-            rows = plans[0].batches[0][:2] if plans else np.arange(1)
+            rows = first.batches[0][:2]
             batch = self.adapted.task.collate(self.sites.examples, [rows, rows])
             inputs = {key: value.to(self.adapted.device) for key, value in batch.inputs.items()}
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
-        return self._forward
+        return Trainer(self.adapted, self._forward, self.trained, self.spec.local)
 
     def _update(self, assignment: Assignment, trained: Trained | None) -> Update:
         node, round_ = assignment.node, assignment.round

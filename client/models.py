@@ -5,7 +5,7 @@ is never run. Whatever the checkpoint does not hold (a new classifier) is drawn 
 like the factors; so all nodes start alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
@@ -56,7 +56,8 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def read(self) -> Flat:
         """The adapter in the model, fp32, (layout.size,)."""
@@ -75,13 +76,17 @@ class AdaptedModel:
         return {**plain, "inference_mode": True}
 
     def base_digest(self) -> str:
-        """SHA-256 over names and values of the frozen parameters."""
+        """SHA-256 over names and values of the frozen parameters, whatever is adapted and however a head was drawn."""
         digest = sha256()
         own = set(self.parameter_names.values())
-        for name, parameter in sorted(self.model.named_parameters()):
-            if name not in own:
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        frozen = {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self.model.named_parameters()
+            if name not in own and ".original_module." not in name  # peft keeps a copy of each trained head
+        }
+        for name, parameter in sorted(frozen.items()):
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -92,7 +97,11 @@ def load_model(spec: RunSpec) -> AdaptedModel:
     _draw_missing(base, missing, spec.run.seed)
     model = _load_start(spec, base) if spec.adapter.start else _new_adapter(spec, base, missing)
     _fp32_heads(model)
-    adapted = adapt(model, _load_task(spec, folder))
+    task = _load_task(spec, folder)
+    if isinstance(task, SequenceClassification):
+        # A decoder finds the last token of a text by it: what is padded with has to be what it takes for padding.
+        model.config.get_text_config().pad_token_id = task.pad
+    adapted = adapt(model, task)
     if not spec.adapter.start:
         _draw_factors(adapted, spec.run.seed)
     if initial_a(spec) == "orthonormal":
@@ -154,8 +163,6 @@ def _load_base(spec: RunSpec, folder: str) -> tuple[nn.Module, list[str]]:
     ) as error:  # transformers raises OSError, ValueError, KeyError and its own for one cause: not loadable
         raise ModelError(_explain(spec.model.base, error)) from error
     mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
-    if base.config.get_text_config().pad_token_id is None and spec.model.task == "sequence-classification":
-        base.config.get_text_config().pad_token_id = 0
     return base, sorted({*info["missing_keys"], *mismatched})
 
 
@@ -215,6 +222,9 @@ def _load_task(spec: RunSpec, folder: str) -> Task:
         raise ModelError(
             f'model.base = "{spec.model.base}": no tokenizer or processor ({_first_line(error)})'
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty tokenizer of a folder that holds none
+        raise ModelError(f'model.base = "{spec.model.base}": no tokenizer (it knows no word; add tokenizer.json).')
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -270,3 +280,28 @@ def orthonormalize_factors(adapted: AdaptedModel) -> None:
         b, a = orthonormalize(tensors[pair.b.name], tensors[pair.a.name])
         tensors[pair.b.name][...], tensors[pair.a.name][...] = b.astype(np.float32), a.astype(np.float32)
     adapted.write(flat)
+
+
+def load_adapted_folder(
+    folder: Path, base: str, config: Mapping[str, Any], labels: int | None
+) -> tuple[PeftModel, Any]:
+    """An adapter folder on its base, and the base's tokenizer or processor (None if it has none).
+
+    `config` is the adapter's own; `labels` the classes of its head. Raises ModelError.
+    """
+    kinds = {kind: auto for auto, kind in CLASSES.values() if kind}
+    auto = kinds.get(str(config.get("task_type")), AutoModelForImageClassification)
+    sizes: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    try:
+        model = auto.from_pretrained(base, trust_remote_code=False, use_safetensors=True, **sizes)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except Exception as error:
+        raise ModelError(
+            f'{folder}: its base "{base}" cannot take it ({_first_line(error)}); name it with --base'
+        ) from error
+    for loader in (AutoTokenizer, AutoImageProcessor):
+        try:
+            return adapted, loader.from_pretrained(base, trust_remote_code=False)
+        except (OSError, ValueError, KeyError):  # a base without one of the two is ordinary
+            pass
+    return adapted, None

@@ -40,8 +40,10 @@ class Examples:
 
     @cached_property
     def lengths(self) -> Indices:
-        """The size of each example's first axis: its tokens (int64, (len,))."""
-        return np.array([x.shape[0] for x in self.inputs], np.int64)
+        """How much work each example is: its tokens; of an image, its patches of 16 × 16 pixels (int64, (len,))."""
+        return np.array(
+            [len(x) if x.ndim == 1 else -(-x.shape[-2] * x.shape[-1] // 256) for x in self.inputs], np.int64
+        )
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class ImageClassification:
         for m, own in enumerate(members):
             for i, index in enumerate(own):
                 pixels[m, i] = examples.inputs[index]
-        shapes = tuple((len(own), first.shape[0]) for own in members)
+        shapes = tuple((len(own), int(examples.lengths[0])) for own in members)
         inputs = {"pixel_values": torch.from_numpy(pixels).flatten(0, 1)}
         return Batch(inputs, _row_labels(examples, members, rows), shapes)
 

@@ -37,7 +37,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Trained:
-    """One member after training: `change` is trained − start (fp32, over the trained layout)."""
+    """One member after training: `change` is trained − start (over the trained layout; float64 if the adapter is)."""
 
     change: Flat
     losses: np.ndarray[Any, np.dtype[np.float32]]
@@ -85,7 +85,9 @@ class Trainer:
             for name, value in start.items()
         }
         optimizer = _optimizer(list(stack.values()), self.local)
-        changes = np.empty((len(cohort), self.trained.size), np.float32)
+        # What is trained is fp32, but for somebody's own model in float64.
+        dtype = torch.promote_types(next(iter(start.values())).dtype, torch.float32)
+        changes = torch.empty((len(cohort), self.trained.size), dtype=dtype)
         losses: list[list[Tensor]] = [[] for _ in cohort]
         for step in range(len(cohort[0].batches)):
             active = sum(len(member.batches) > step for member in cohort)
@@ -95,7 +97,9 @@ class Trainer:
             for member, loss in enumerate(self._step(examples, cohort[:active], step, stack, optimizer)):
                 losses[member].append(loss)
         self._store(stack, start, changes, 0)
-        return [Trained(change, torch.stack(own).cpu().numpy()) for change, own in zip(changes, losses, strict=True)]
+        return [
+            Trained(change.numpy(), torch.stack(own).cpu().numpy()) for change, own in zip(changes, losses, strict=True)
+        ]
 
     def _step(
         self,
@@ -114,7 +118,7 @@ class Trainer:
             self.adapted.task, self.forward(stack, inputs, dropout), batch.labels.to(device), len(cohort)
         )
         optimizer.zero_grad()
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
         optimizer.step()
         return losses.detach()
 
@@ -137,14 +141,14 @@ class Trainer:
 
         return drop
 
-    def _store(self, stack: Stack, start: Stack, changes: np.ndarray[Any, Any], first: int) -> None:
+    def _store(self, stack: Stack, start: Stack, changes: Tensor, first: int) -> None:
         """Write trained − start of the members from `first` on."""
         for tensor in self.trained.tensors:
             values = stack[self.adapted.parameter_names[tensor.name]].detach()[first:]
             difference = (values - start[tensor.name]).reshape(len(values), -1)
             offset = self.trained.offsets[tensor.name]
             last = first + len(values)
-            changes[first:last, offset : offset + tensor.size] = difference.float().cpu().numpy()
+            changes[first:last, offset : offset + tensor.size] = difference
 
 
 def _optimizer(parameters: list[Tensor], local: Local) -> torch.optim.Optimizer:

@@ -5,7 +5,15 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .svg import size
 
@@ -72,7 +80,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
         )
-        self.bar = None
+        self.bar: TaskID | None = None
         self.moved = 0
 
     def start(self, name: str, rounds: int, done: int) -> None:

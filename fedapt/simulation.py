@@ -1,7 +1,8 @@
 """A simulation from spec to result: it wires client, server and simulator together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def run(spec: RunSpec, out: Path | None = None, watch: Watch | None = None) -> R
     federation = build(spec)
     watch.say(_greeting(spec, federation))
     store = SqliteStore(folder.store) if folder else MemoryStore()
-    outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder)
+    outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder)
     result = Result(spec, outcome, federation)
     if folder is not None:
         result.save(folder.adapter)
@@ -101,6 +102,7 @@ def coordinate(
     store: Store,
     evaluate: Evaluate | None,
     watch: Watch,
+    *,
     folder: RunFolder | None = None,
 ) -> Outcome:
     """Run (or resume) a spec over the nodes of `client` on the local grid, until it ends or is interrupted."""
@@ -137,7 +139,7 @@ def client_scores(federation: Federation, start: Flat, end: Flat) -> list[Client
         federation.adapted.write(adapter)
         scores = score(federation.adapted, client.sites.examples, np.concatenate(own))
         bounds = np.cumsum([0, *map(len, own)])
-        parts = (scores.of(np.arange(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        parts = (scores.of(np.arange(a, b)) for a, b in pairwise(bounds))
         losses.append([part.metrics(federation.adapted.task)["loss"] for part in parts])
     return [
         ClientScore(federation.names[node], len(client.sites.indices[node]), before, after)

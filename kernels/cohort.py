@@ -39,7 +39,7 @@ class Forward(Protocol):
     """A forward of the whole cohort."""
 
     def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
-        """Logits (C·b, …), fp32, member-major."""
+        """Logits (C·b, …), member-major, fp32 (float64 over a float64 model)."""
 
 
 def members(stack: Stack) -> int:
@@ -70,8 +70,7 @@ class Batched:
 
     def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
         with self._patched(stack, dropout):
-            logits: Tensor = self.model(**inputs).logits
-            return logits.float()
+            return _wide(self.model(**inputs).logits)
 
     @contextmanager
     def _patched(self, stack: Stack, dropout: Dropout | None) -> Iterator[None]:
@@ -79,7 +78,7 @@ class Batched:
         for name, layer in self.lora.items():
             layer.forward = _lora_forward(name, layer, stack, dropout)
         for name, head in self.heads.items():
-            head.forward = _head_forward(name, head, stack)
+            head.forward = _head_forward(name, head, stack)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -88,25 +87,24 @@ class Batched:
 
 
 class Vmapped:
-    """Any adapter that `torch.vmap` can trace. Adapter dropout is not supported here: the loop has it."""
+    """Any adapter that `torch.vmap` can trace. With adapter dropout it is the loop: masks are drawn by member."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
         if dropout is not None:
-            raise NotBatchableError("adapter dropout with an adapter that the batched kernel does not know")
+            return Looped(self.model)(stack, inputs, dropout)
         count = members(stack)
-
         frozen = _untrained(self.model, stack)
 
         def one(values: dict[str, Tensor], rows: dict[str, Tensor]) -> Tensor:
             logits: Tensor = functional_call(self.model, {**frozen, **values}, (), rows).logits
             return logits
 
-        per_member = {key: value.unflatten(0, (count, -1)) for key, value in inputs.items()}
+        per_member = {key: value.view(count, -1, *value.shape[1:]) for key, value in inputs.items()}
         logits: Tensor = torch.vmap(one)(stack, per_member)
-        return logits.flatten(0, 1).float()
+        return _wide(logits.flatten(0, 1))
 
 
 class Looped:
@@ -122,10 +120,10 @@ class Looped:
         logits = []
         for member in range(count):
             values = {**frozen, **{name: tensor[member] for name, tensor in stack.items()}}
-            rows = {key: value.unflatten(0, (count, -1))[member] for key, value in inputs.items()}
+            rows = {key: value.view(count, -1, *value.shape[1:])[member] for key, value in inputs.items()}
             with self._dropped(member, dropout):
                 logits.append(functional_call(self.model, values, (), rows).logits)
-        return torch.cat(logits).float()
+        return _wide(torch.cat(logits))
 
     @contextmanager
     def _dropped(self, member: int, dropout: Dropout | None) -> Iterator[None]:
@@ -161,7 +159,7 @@ def fastest(model: nn.Module, names: list[str], inputs: Inputs) -> Forward:
     Trying is the only honest test: a model may reorder its rows inside, and then no rule about its layers helps.
     """
     stack = _probe_stack(model, names)
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = 5e-2 if torch.finfo(next(model.parameters()).dtype).bits < 32 else 1e-3
     reference = _logits_and_gradients(Looped(model), stack, inputs)
     for make in (lambda: Batched(model, names), lambda: Vmapped(model)):
         try:
@@ -213,12 +211,17 @@ def _head_forward(name: str, head: nn.Linear, stack: Stack) -> Callable[[Tensor]
     return forward
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """Half precisions as fp32, because a loss needs more; wider ones as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _untrained(model: nn.Module, stack: Stack) -> dict[str, Tensor]:
     """The adapter's tensors that this cohort does not train, cut from the graph."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in stack}
 
 
-def _is_plain(layer: nn.Module, name: str) -> bool:
+def _is_plain(layer: Any, name: str) -> bool:
     """A stock LoRA layer on a linear base, with nothing but `A` and `B`: no DoRA, no bias, not merged."""
     return (
         type(layer) is LoraLinear
@@ -228,7 +231,7 @@ def _is_plain(layer: nn.Module, name: str) -> bool:
         and not layer.lora_variant
         and name.endswith(".weight")
         and (".lora_A." in name or ".lora_B." in name)
-        and layer.lora_B[layer.active_adapters[0]].bias is None
+        and not any(layer.lora_bias.values())
     )
 
 

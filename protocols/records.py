@@ -91,7 +91,11 @@ def update_from_records(records: RecordDict) -> Update:
         kind="delta" if kind == "delta" else "empty",
         weight=weight,
         payload=_bytes(records),
-        metrics={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
+        metrics={
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        },
     )
 
 

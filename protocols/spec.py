@@ -130,13 +130,14 @@ class Data(Section):
     """Simulation only: a file, a hub dataset, `builtin:stdlib` or `builtin:digits`, and its columns.
 
     Without `evaluation`, a share `holdout` of the rows (of the groups, in a natural partition) is kept for it.
-    `limit` reads that many rows at most.
+    `limit` reads that many rows at most; `evaluation_limit` draws that many examples (by key) for each evaluation.
     """
 
     source: str
     evaluation: str | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: Positive | None = None
+    evaluation_limit: Positive | None = None
     text: str = "text"
     label: str = "label"
     prompt: str | None = None

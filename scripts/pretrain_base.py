@@ -64,7 +64,7 @@ def random_batch(tokens: torch.Tensor, size: int, generator: torch.Generator) ->
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    losses = [model(input_ids=rows, labels=rows).loss.item() for rows in windows.split(32)]
+    losses = [float(model(input_ids=rows, labels=rows).loss) for rows in torch.split(windows, 32)]
     return sum(losses) / len(losses)
 
 

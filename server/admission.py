@@ -14,16 +14,26 @@ def refusal(update: Update, assignment: Assignment | None, codec: Codec, trained
     """Why the update is refused, or None. `assignment` is what this node was asked in this round, if anything."""
     if assignment is None:
         return f"node {update.node} was not asked in this round"
+    return _stale(update, assignment) or _unfit(update, codec, trained)
+
+
+def _stale(update: Update, assignment: Assignment) -> str | None:
+    """Why the update answers another assignment."""
     if (update.run, update.round, update.attempt) != (assignment.run, assignment.round, assignment.attempt):
         return (
             f"stale: round {update.round} attempt {update.attempt}, not {assignment.round} attempt {assignment.attempt}"
         )
     if update.version != assignment.version:
         return f"trained from adapter {update.version[:12]}, not {assignment.version[:12]}"
+    return None
+
+
+def _unfit(update: Update, codec: Codec, trained: AdapterLayout) -> str | None:
+    """Why the update's own content cannot be used."""
     if not (math.isfinite(update.weight) and 0 <= update.weight <= MAX_WEIGHT):
         return f"weight {update.weight} is not in 0 … {MAX_WEIGHT:g}"
     if update.kind == "empty":
-        return None if not update.payload else "an empty update carries a payload"
+        return "an empty update carries a payload" if update.payload else None
     if update.weight == 0:
         return "a trained update has weight 0"
     try:

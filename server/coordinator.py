@@ -7,6 +7,7 @@ collected     ─ release ──►  aggregate, step, settle, evaluate; one tran
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ from .participation import draw
 from .store import Row, Snapshot, Store
 
 logger = logging.getLogger(__name__)
+
+CHANGEABLE = {"rounds", "evaluate_every", "patience"}
+"""What of `[run]` may differ when a run goes on: how long it is and when it is looked at, never what it computes."""
+
+LARGEST_LOSS = 1e30
+"""A node's loss from here on is left out of the round's row, which one node could otherwise make infinite."""
 
 Evaluate = Callable[[Flat], Mapping[str, float]]
 """A whole adapter (fp32, the layout's size) ⇒ metrics; injected, because the server does not load the model."""
@@ -85,7 +92,9 @@ class Coordinator:
         found = self.store.find(self.run)
         if found is not None:
             spec, description = found
-            if RunSpec.model_validate_json(spec).model_copy(update={"run": self.spec.run}) != self.spec:
+            stored = RunSpec.model_validate_json(spec)
+            run = stored.run.model_copy(update=self.spec.run.model_dump(include=CHANGEABLE))
+            if stored.model_copy(update={"run": run}) != self.spec:
                 raise SpecError(f'run "{self.run}" exists with another spec; give this one a name of its own')
             return description
         description = self.grid.describe()
@@ -179,7 +188,8 @@ class Coordinator:
             self.recipe, self.layout, self._whole(received), self._contributions(updates)
         )
         step, buffers = optimizers.step(change, before.buffers, self.spec.recipe)
-        state = before.state.copy()
+        # A truncated product is the next adapter itself; any other change keeps what a lossy downlink rounded away.
+        state = (received if self.recipe.averages == "products" else before.state).copy()
         moved = self.recipe.downlink(self.layout).split(state)
         for name, values in self.trained.split(step).items():
             moved[name] += values
@@ -213,7 +223,8 @@ def best_round(rows: Sequence[Row]) -> int | None:
 
     def badness(row: Row) -> float:
         metrics = row["evaluation"]
-        return float(-metrics["accuracy"] if "accuracy" in metrics else metrics["loss"])
+        value = float(-metrics["accuracy"] if "accuracy" in metrics else metrics["loss"])
+        return math.inf if math.isnan(value) else value
 
     evaluated = [row for row in rows if "evaluation" in row]
     return min(evaluated, key=badness)["round"] if evaluated else None
@@ -221,7 +232,8 @@ def best_round(rows: Sequence[Row]) -> int | None:
 
 def _describe(updates: Sequence[Update]) -> Row:
     """How the nodes of a round fared: counts, and the spread of their mean training losses."""
-    losses = [update.metrics["loss"] for update in updates if "loss" in update.metrics]
+    reported = [update.metrics.get("loss", math.nan) for update in updates]
+    losses = [loss for loss in reported if abs(loss) < LARGEST_LOSS]
     row: Row = {
         "nodes": sum(update.kind == "delta" for update in updates),
         "empty": sum(update.kind == "empty" for update in updates),

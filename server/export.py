@@ -2,32 +2,42 @@
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..protocols.errors import OutputError
 from ..protocols.layout import Flat
 from ..protocols.update import Description
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 
 def save_adapter(folder: Path, description: Description, adapter: Flat) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the folder appears whole or not at all.
 
-    `adapter` is fp32 over `description.layout`. Raises OutputError where the folder cannot be written.
+    `adapter` is fp32 over `description.layout`. An older adapter gives way to it. Raises OutputError where the folder
+    cannot be written, or holds something else than an adapter.
     """
     try:
+        if folder.exists() and not _may_be_replaced(folder):
+            raise OutputError(f"{folder}: exists and is no adapter folder; name another, or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        tensors = {name: view.copy() for name, view in description.layout.split(adapter).items()}
-        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(dict(description.config), indent=2, sort_keys=True)
-        (scratch / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except OSError as error:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new = Path(scratch, "new")
+            new.mkdir()
+            tensors = {name: view.copy() for name, view in description.layout.split(adapter).items()}
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            config = json.dumps(dict(description.config), indent=2, sort_keys=True)
+            (new / CONFIG).write_text(config + "\n", encoding="utf-8")
+            if folder.exists():
+                os.replace(folder, Path(scratch, "old"))
+            os.replace(new, folder)
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder}: the adapter cannot be written ({error})") from error
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))

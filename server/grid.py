@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flwr.app import Message, RecordDict
+from flwr.app import DEFAULT_TTL, Message, Metadata, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
 from ..protocols.errors import PayloadError, RunError
@@ -57,7 +58,7 @@ class FlowerGrid:
         nodes = self.nodes()
         if not nodes:
             raise RunError(f"no node has connected within {self.wait_seconds:g} s; start one and try again")
-        message = Message(RecordDict(), dst_node_id=nodes[0], message_type=DESCRIBE)
+        message = self._message(RecordDict(), nodes[0], DESCRIBE)
         for reply in self.grid.send_and_receive([message], timeout=self.wait_seconds * 10):
             if reply.has_error():
                 raise RunError(f"node {nodes[0]} could not describe its model: {reply.error.reason}")
@@ -65,21 +66,26 @@ class FlowerGrid:
         raise RunError(f"node {nodes[0]} did not describe its model in time")
 
     def send(self, assignments: Sequence[Assignment]) -> None:
-        messages = [
-            Message(assignment_to_records(a), dst_node_id=a.node, message_type=TRAIN, group_id=str(a.round))
-            for a in assignments
-        ]
-        self._pending = list(self.grid.push_messages(messages))
+        messages = [self._message(assignment_to_records(a), a.node, TRAIN, str(a.round)) for a in assignments]
+        # Flower gives no id to a message that it could not take.
+        self._pending = [number for number in self.grid.push_messages(messages) if number]
 
     def replies(self, timeout: float) -> Iterator[Update | Failure]:
         deadline = time.monotonic() + timeout
-        pending = set(self._pending)
+        pending = dict.fromkeys(self._pending)  # in the order of sending, so that a local grid sees the same cohort
         while pending and time.monotonic() < deadline:
-            for message in self.grid.pull_messages(sorted(pending)):
-                pending.discard(message.metadata.reply_to_message_id)
+            for message in self.grid.pull_messages(list(pending)):
+                pending.pop(message.metadata.reply_to_message_id, None)
                 yield read_reply(message)
             if pending:
                 time.sleep(POLL_SECONDS)
+
+    def _message(self, content: RecordDict, node: int, message_type: str, group: str = "") -> Message:
+        # Message() alone would read a process-global identity, which only Flower's own launchers set.
+        created, run = time.time(), self.grid.run.run_id
+        metadata = Metadata(run, "", SUPERLINK_NODE_ID, node, "", group, created, DEFAULT_TTL, message_type)
+        message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+        return message
 
 
 def read_reply(message: Message) -> Update | Failure:

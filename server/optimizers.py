@@ -32,4 +32,5 @@ def step(change: Flat, buffers: Buffers, settings: Recipe) -> tuple[Flat, Buffer
             zero = np.zeros_like(change)
             first = beta1 * buffers.get("first", zero) + (1 - beta1) * change
             second = beta2 * buffers.get("second", zero) + (1 - beta2) * change**2
-            return rate * first / (np.sqrt(second) + np.float32(ADAM_TAU)), {"first": first, "second": second}
+            adapted = rate * first / (np.sqrt(second) + np.float32(ADAM_TAU))
+            return adapted.astype(np.float32), {"first": first, "second": second}

@@ -13,9 +13,23 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from sqlalchemy import Engine, ForeignKey, create_engine, delete, event, select, update
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Dialect,
+    Engine,
+    ForeignKey,
+    TypeDecorator,
+    create_engine,
+    delete,
+    event,
+    select,
+    update,
+)
+from sqlalchemy.exc import DatabaseError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from ..protocols.errors import OutputError
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.update import Description, Update
 from .optimizers import Buffers
@@ -33,7 +47,8 @@ class Snapshot:
     buffers: Buffers = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        return save_tensors({"state": self.state, **{f"buffer.{n}": b for n, b in self.buffers.items()}})
+        blob: bytes = save_tensors({"state": self.state, **{f"buffer.{n}": b for n, b in self.buffers.items()}})
+        return blob
 
     @classmethod
     def from_bytes(cls, round_: int, blob: bytes) -> "Snapshot":
@@ -52,7 +67,7 @@ class Store(Protocol):
         """The run's spec (JSON) and description, or None."""
 
     def snapshot(self, run: str, round_: int | None = None) -> Snapshot:
-        """The snapshot of a round that was kept (the last, or one that `commit` was told to keep)."""
+        """The snapshot of a round that was kept (the last, or one that `commit` was told to keep); KeyError if not."""
 
     def open_round(self, run: str, round_: int, cohort: Sequence[int]) -> tuple[int, ...]:
         """Commit a draw before any assignment leaves; where the round is open already, its first draw stands."""
@@ -105,7 +120,10 @@ class MemoryStore:
 
     def contribute(self, run: str, update: Update) -> bool:
         held = self._updates.setdefault((run, update.round), {})
-        return held.setdefault(update.node, update) is update
+        if update.node in held:
+            return False
+        held[update.node] = update
+        return True
 
     def refuse(self, run: str, round_: int, node: int, reason: str) -> None:
         self._refusals.setdefault((run, round_), []).append((node, reason))
@@ -126,6 +144,19 @@ class MemoryStore:
 
     def rows(self, run: str) -> list[Row]:
         return list(self._rows[run])
+
+
+class _NodeId(TypeDecorator[int]):
+    """Flower's node ids have 64 bits without a sign, SQLite's integers have one: shifted, they keep their order."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else value - 2**63
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else value + 2**63
 
 
 class _Base(DeclarativeBase):
@@ -157,7 +188,7 @@ class _Contribution(_Base):
     __tablename__ = "contributions"
     run: Mapped[str] = mapped_column(ForeignKey("runs.name"), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
-    node: Mapped[int] = mapped_column(primary_key=True)
+    node: Mapped[int] = mapped_column(_NodeId, primary_key=True)
     fields: Mapped[str]
     payload: Mapped[bytes]
 
@@ -167,17 +198,24 @@ class _Refusal(_Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     run: Mapped[str] = mapped_column(ForeignKey("runs.name"))
     round: Mapped[int]
-    node: Mapped[int]
+    node: Mapped[int] = mapped_column(_NodeId)
     reason: Mapped[str]
 
 
 class SqliteStore:
-    """One file that survives `kill -9` at any line. Safe to open again after a crash."""
+    """One file that survives `kill -9` at any line. Safe to open again after a crash.
+
+    Raises OutputError where the file cannot be written or is no store.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.engine: Engine = create_engine(f"sqlite:///{path}")
+        self.engine: Engine = create_engine(URL.create("sqlite", database=str(path)))
         event.listen(self.engine, "connect", _durable)
-        _Base.metadata.create_all(self.engine)
+        try:
+            _Base.metadata.create_all(self.engine)
+        except DatabaseError as error:
+            self.close()
+            raise OutputError(f"{path}: cannot be used as a run's store ({error.orig}); choose another --out") from None
 
     def close(self) -> None:
         self.engine.dispose()
@@ -213,7 +251,10 @@ class SqliteStore:
         if round_ is not None:
             query = query.where(_Round.number == round_)
         with Session(self.engine) as session:
-            number, blob = session.execute(query.order_by(_Round.number.desc()).limit(1)).one()
+            try:
+                number, blob = session.execute(query.order_by(_Round.number.desc()).limit(1)).one()
+            except NoResultFound:
+                raise KeyError(run, round_) from None
             return Snapshot.from_bytes(number, blob or b"")
 
     def open_round(self, run: str, round_: int, cohort: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A simulated federation: one model, one source of data divided among many clients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..client.models import AdaptedModel, load_model
 from ..client.sources import load_tables
 from ..client.tasks import Examples, Indices
 from ..protocols.errors import DataError, SpecError
+from ..protocols.keys import derive, generator
 from ..protocols.layout import Flat
 from ..protocols.spec import RunSpec
 from .partition import Clients, partition
@@ -34,6 +35,10 @@ class Federation:
         """Clients without a single example: they are left out."""
         return len(self.names) - len(self.client.nodes())
 
+    def under(self, spec: RunSpec) -> "Federation":
+        """The same data under another spec (of the same base and task): the model is loaded anew."""
+        return replace(self, client=Client(spec, load_model(spec), self.client.sites))
+
     def evaluate(self, adapter: Flat) -> dict[str, float]:
         """The metrics of an adapter (fp32, the whole layout) on the evaluation data; leaves it in the model."""
         self.adapted.write(adapter)
@@ -48,11 +53,19 @@ def build(spec: RunSpec) -> Federation:
     clients = partition(tables.train, spec.data.partition, spec.run.seed)
     adapted = load_model(spec)
     examples = adapted.task.encode(tables.train)
-    evaluation = adapted.task.encode(tables.evaluation)
+    evaluation = _drawn(adapted.task.encode(tables.evaluation), spec.data.evaluation_limit, spec.run.seed)
     if len(examples) == 0 or len(evaluation) == 0:
         raise DataError(f"{spec.data.source}: nothing is left to train or to evaluate on after encoding")
     sites = Sites(examples, dict(enumerate(assign(examples, clients))))
     return Federation(Client(spec, adapted, sites), evaluation, clients.names)
+
+
+def _drawn(examples: Examples, limit: int | None, seed: int) -> Examples:
+    """At most `limit` of the examples, drawn by key, in their order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    kept = np.sort(generator(derive(seed, "evaluation")).permutation(len(examples))[:limit])
+    return Examples([examples.inputs[i] for i in kept], [examples.labels[i] for i in kept], examples.rows[kept])
 
 
 def assign(examples: Examples, clients: Clients) -> list[Indices]:

@@ -63,7 +63,7 @@ class LocalGrid(Grid):
     ) -> Message:
         # Message() alone would read Flower's process-global run id.
         metadata = Metadata(self._run_id, "", SERVER_NODE, dst_node_id, "", group_id, 0.0, ttl or 3600.0, message_type)
-        return Message(content=content, metadata=metadata)
+        return _message(content, metadata)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.nodes()
@@ -109,6 +109,11 @@ class LocalGrid(Grid):
         metadata = Metadata(
             self._run_id, "", asked.dst_node_id, SERVER_NODE, number, asked.group_id, 0.0, asked.ttl, asked.message_type
         )
-        if isinstance(content, Error):
-            return Message(error=content, metadata=metadata)
-        return Message(content=content, metadata=metadata)
+        return _message(content, metadata)
+
+
+def _message(content: RecordDict | Error, metadata: Metadata) -> Message:
+    """A message with metadata of our own: Flower's constructor takes them, its type stubs do not say so."""
+    part = {"error": content} if isinstance(content, Error) else {"content": content}
+    message: Message = Message(**part, metadata=metadata)  # type: ignore[call-overload]
+    return message

@@ -1,0 +1,235 @@
+"""The command line. Each command is a few lines around a function that does the work; nothing heavy is imported here."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before anything imports these libraries: no telemetry, no update checks, no bars of their own.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import typer
+
+from .protocols.errors import FedaptError, OutputError
+
+INTERRUPTED, USAGE = 130, 2
+
+app = typer.Typer(
+    name="fedapt",
+    help="Federated fine-tuning of adapters: one frozen base, data that stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+adapters = typer.Typer(no_args_is_help=True, help="Look at an adapter folder, or merge it into its base.")
+app.add_typer(adapters, name="adapter")
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's spec (TOML); `fedapt init` writes one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line: exit codes 0 (done), 1 (a check failed), 2 (wrong use or input), 130 (interrupted)."""
+    try:
+        app(standalone_mode=True)
+    except FedaptError as error:
+        print(f"fedapt: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        print("fedapt: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"fedapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command(epilog="Example: fedapt demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the adapters.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole thing on this machine, offline, in about a minute: adapt a small language model to Python's code."""
+    from .demo import run_demo
+
+    with _watching(as_json) as watch:
+        summary = run_demo(out, watch)
+    _emit(summary, as_json, summary["text"])
+    _leave_if_interrupted(bool(summary["complete"]))
+
+
+@app.command(epilog="Example: fedapt init --recipe fedsvd spec.toml")
+def init(
+    path: Annotated[Path, typer.Argument(metavar="SPEC", help="The file to write.")] = Path("spec.toml"),
+    recipe: Annotated[str, typer.Option(help="One of `fedapt recipes`.")] = "fedsvd",
+) -> None:
+    """Write a commented spec that runs as it is."""
+    from .outputs import write_text
+    from .starter import starter_spec
+
+    text = starter_spec(recipe)
+    if path.exists():
+        raise OutputError(f"{path}: exists already; name another file, or delete it first.")
+    write_text(path, text)
+    print(f"{path} written. Next: fedapt plan {path}; fedapt simulate {path} --out runs/first")
+
+
+@app.command(epilog="Example: fedapt plan spec.toml --set run.rounds=100")
+def plan(spec: SpecPath, settings: Settings = None, as_json: Json = False) -> None:
+    """What a run will cost before it runs: bytes, parameters, memory."""
+    from .planning import plan as make_plan
+    from .presentation import plan_text
+    from .protocols.spec import RunSpec
+
+    figures = make_plan(RunSpec.load(spec, settings or ()))
+    _emit(figures.as_dict(), as_json, plan_text(figures))
+
+
+@app.command(epilog="Example: fedapt simulate spec.toml --out runs/first --set local.learning_rate=1e-3")
+def simulate(
+    spec: SpecPath,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report, metrics and adapter; a run there goes on.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Also train centrally and alone, for comparison.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a federation of virtual clients on this machine. Ctrl-C saves what is done; the same command goes on."""
+    from .presentation import result_json, result_text
+    from .protocols.spec import RunSpec
+    from .simulation import run
+
+    checked = RunSpec.load(spec, settings or ())
+    folder = out or Path("runs") / checked.run.name
+    with _watching(as_json) as watch:
+        result = run(checked, folder, watch)
+        if baselines and result.outcome.complete:
+            from .baselines import centralized, local_only
+
+            result.curves.append(centralized(checked, result.federation, watch))
+            result.curves.append(local_only(checked, result.federation, watch))
+            result.report(folder / "report.html")
+    _emit(result_json(result, folder), as_json, result_text(result, folder))
+    _leave_if_interrupted(result.outcome.complete)
+
+
+@app.command(epilog="Example: fedapt sweep spec.toml --grid local.learning_rate=1e-3,2e-3 --grid adapter.rank=4,8")
+def sweep(
+    spec: SpecPath,
+    axes: Annotated[list[str], typer.Option("--grid", metavar="A.B=C,D", help="Values to try; repeatable.")],
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the points; those finished there are not repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a small grid, one folder a point, and print one table. Stopped, it goes on where it was."""
+    from .presentation import sweep_table
+    from .protocols.spec import RunSpec
+    from .sweeping import grid
+    from .sweeping import sweep as run_sweep
+
+    checked = RunSpec.load(spec, settings or ())
+    folder = out or Path("runs") / f"{checked.run.name}-sweep"
+    points = grid(checked, axes)
+    with _watching(as_json) as watch:
+        done = list(run_sweep(points, folder, watch))
+    rows = [
+        {"overrides": list(point.overrides), "folder": str(folder / point.folder), **(row or {})} for point, row in done
+    ]
+    _emit({"points": rows}, as_json, sweep_table(rows))
+
+
+@app.command(epilog="Example: fedapt recipes fedsvd")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one alone.")] = None, as_json: Json = False
+) -> None:
+    """What each recipe does, cites, needs and sends."""
+    from .presentation import recipe_rows, recipe_text
+
+    rows = recipe_rows(name)
+    _emit({"recipes": rows}, as_json, recipe_text(rows))
+
+
+@app.command(epilog="Example: fedapt doctor")
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, processor, GPU, memory, disk. Exit code 1 if something would fail."""
+    from .doctor import checks, checks_text
+
+    found = checks()
+    _emit({"checks": [check.as_dict() for check in found]}, as_json, checks_text(found))
+    if any(check.status == "fails" for check in found):
+        raise typer.Exit(1)
+
+
+@adapters.command("show", epilog="Example: fedapt adapter show runs/first/adapter")
+def adapter_show(
+    folder: Annotated[Path, typer.Argument(help="A folder in peft's format.")], as_json: Json = False
+) -> None:
+    """Tensors, sizes, ranks and norms of an adapter."""
+    from .adapters import describe_adapter, describe_text
+
+    facts = describe_adapter(folder)
+    _emit(facts, as_json, describe_text(facts))
+
+
+@adapters.command("export", epilog="Example: fedapt adapter export runs/first/adapter merged")
+def adapter_export(
+    folder: Annotated[Path, typer.Argument(help="A folder in peft's format.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write: an ordinary Hugging Face model.")],
+    base: Annotated[str | None, typer.Option(help="The base, if it has moved since the run.")] = None,
+) -> None:
+    """Merge an adapter into its base and save the whole model."""
+    from .adapters import merge_into_base
+
+    merge_into_base(folder, target, base)
+    print(f"{target} written: load it with transformers' from_pretrained; no peft is needed.")
+
+
+def _watching(as_json: bool) -> Any:
+    from rich.console import Console
+
+    from .progress import watching
+
+    return watching(Console(stderr=True), quiet=as_json)
+
+
+def _emit(document: Mapping[str, Any], as_json: bool, text: str) -> None:
+    """The result on standard output: JSON for machines, text for people."""
+    if as_json:
+        print(json.dumps({key: value for key, value in document.items() if key != "text"}, indent=2))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def _leave_if_interrupted(complete: bool) -> None:
+    if not complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Results as text for people and as JSON for machines."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .protocols.errors import SpecError
+from .protocols.recipes import RECIPES
+from .svg import size
+
+if TYPE_CHECKING:
+    from .planning import Plan
+    from .simulation import Result
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right."""
+    cells = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        first = row[0].ljust(widths[0])
+        return "  ".join(
+            [first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("─" * width for width in widths), *map(line, cells[1:])])
+
+
+def plan_text(plan: "Plan") -> str:
+    """The plan of a run, one line a figure."""
+    total = "in all" if plan.exact_total else "in all (expected)"
+    empty = f" ({plan.empty} more have no data)" if plan.empty else ""
+    rows = [
+        ("recipe", plan.recipe + ("" if plan.exact else " (inexact: the error of each round is reported)")),
+        ("nodes", f"{plan.nodes:,}{empty}, {plan.nodes_a_round:,} a round, {plan.rounds:,} rounds"),
+        ("parameters", f"{plan.parameters:,}, of them {plan.trainable:,} in the adapter and {plan.sent:,} sent up"),
+        (
+            "down",
+            f"{plan.down_per_node:,} bytes a node and round, {size(plan.down_total)} {total} ({plan.down_total:,})",
+        ),
+        ("up", f"{plan.up_per_node:,} bytes a node and round, {size(plan.up_total)} {total} ({plan.up_total:,})"),
+        ("memory", _memory(plan)),
+        ("privacy", plan.privacy),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _memory(plan: "Plan") -> str:
+    adapters, activations = size(plan.memory_adapters), size(plan.memory_activations)
+    return f"weights {size(plan.memory_weights)}, adapters and optimizer {adapters}, activations about {activations}"
+
+
+def result_text(result: "Result", folder: Path) -> str:
+    """The end of a run: what it reached, against where it began, and where things lie."""
+    first, last = result.metrics[0].get("evaluation", {}), _last_evaluation(result.metrics)
+    state = "finished" if result.outcome.complete else "interrupted; the same command goes on from here"
+    lines = [f"{result.spec.run.name}: {len(result.metrics) - 1} rounds, {state}"]
+    lines += [f"  {name}: {first[name]:.4g} → {value:.4g}" for name, value in last.items() if name in first]
+    if result.best_round is not None:
+        lines.append(f"  best round {result.best_round}, whose adapter is saved")
+    lines += [f"  {curve.label}: {_describe(curve.rows)}" for curve in result.curves]
+    lines += [f"  report   {folder / 'report.html'}", f"  adapter  {folder / 'adapter'}"]
+    return "\n".join(lines)
+
+
+def result_json(result: "Result", folder: Path) -> dict[str, Any]:
+    return {
+        "run": result.spec.run.name,
+        "complete": result.outcome.complete,
+        "rounds": len(result.metrics) - 1,
+        "best_round": result.best_round,
+        "metrics": result.metrics,
+        "comparisons": {curve.label: [dict(row) for row in curve.rows] for curve in result.curves},
+        "out": str(folder),
+    }
+
+
+def recipe_rows(name: str | None) -> list[dict[str, Any]]:
+    """The recipe table. Raises SpecError for an unknown name."""
+    if name is not None and name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        raise SpecError(f"{name!r}: no such recipe; " + (f'did you mean "{near[0]}"?' if near else ", ".join(RECIPES)))
+    return [
+        {
+            "name": recipe.name,
+            "summary": recipe.summary,
+            "paper": recipe.paper,
+            "sends": sorted(recipe.trains),
+            "averages": recipe.averages,
+            "exact": recipe.exact,
+            "linear": recipe.linear,
+            "downlink": "B, head and an r×r rotation of A" if recipe.refactorizes else "what is sent",
+            "server_optimizers": list(recipe.server_optimizers),
+            "privacy_units": list(recipe.units),
+        }
+        for recipe in (RECIPES.values() if name is None else [RECIPES[name]])
+    ]
+
+
+def recipe_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a recipe, or all that is known of one."""
+    if len(rows) > 1:
+        return "\n".join(f"{row['name']:<10} {row['summary']}  [{row['paper']}]" for row in rows)
+    return "\n".join(f"{key:<18} {', '.join(v) if isinstance(v, list) else v}" for key, v in rows[0].items())
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a point, the best first."""
+    metrics = sorted({name for row in rows for name in row.get("evaluation", {})})
+
+    def badness(row: Mapping[str, Any]) -> float:
+        found = row.get("evaluation", {})
+        return float(-found["accuracy"] if "accuracy" in found else found.get("loss", float("inf")))
+
+    cells = [
+        [
+            " ".join(row["overrides"]),
+            str(row.get("round", "–")),
+            *(f"{row['evaluation'][name]:.4f}" if name in row.get("evaluation", {}) else "–" for name in metrics),
+        ]
+        for row in sorted(rows, key=badness)
+    ]
+    return table(["point", "best round", *metrics], cells)
+
+
+def _last_evaluation(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+    found: Mapping[str, float] = next((row["evaluation"] for row in reversed(rows) if "evaluation" in row), {})
+    return found
+
+
+def _describe(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in _last_evaluation(rows).items())

@@ -1,0 +1,67 @@
+"""The spec that `fedapt init` writes: it runs as it is, offline, and says what each key is for."""
+
+from .protocols.recipes import RECIPES, recipe_of
+from .protocols.spec import RunSpec
+
+STARTER = """\
+# A fedapt run. Check it with `fedapt plan`, run it with `fedapt simulate`.
+
+[run]
+name = "first"
+rounds = 10
+seed = 7                        # the same spec and seed give the same adapter, byte for byte
+# patience = 3                  # stop after so many evaluations without progress
+
+[model]
+base = "builtin:byte-llama"     # any Hugging Face id or local folder
+task = "causal-lm"              # causal-lm | sequence-classification | image-classification
+# labels = 2                    # classes, for the two classification tasks
+max_length = 128                # tokens
+precision = "fp32"              # of the frozen base: fp32 | bf16; adapters are always fp32
+
+[adapter]
+rank = 8
+alpha = 16                      # the product is scaled by alpha / rank
+targets = "all-linear"          # or names of modules: ["query", "value"]
+# start = "runs/before/adapter" # begin from an adapter that is there already
+
+[recipe]
+name = "{recipe}"{pad}# {summary}
+# optimizer = "nesterov"        # of the server: {optimizers}
+
+[local]
+optimizer = "adamw"             # adamw | sgd
+learning_rate = 5e-3
+batch_size = 8
+steps = 4                       # batches a round; or epochs = 1
+
+[participation]
+sampling = "fixed"              # all | fixed | poisson
+rate = 0.05                     # share of the nodes in a round
+
+[wire]
+codec = "int8"                  # of updates: fp32 | bf16 | int8
+
+[data]
+source = "builtin:stdlib"       # .jsonl, .csv, .parquet, a hub dataset, builtin:stdlib, builtin:digits
+# evaluation = "test.jsonl"     # without it, `holdout` of the source is kept for evaluation
+holdout = 0.1
+evaluation_limit = 256         # examples scored after a round
+
+[data.partition]
+kind = "natural"                # iid | dirichlet | pathological | by-column | natural
+column = "module"
+# clients = 100                 # for the kinds that draw
+"""
+
+
+def starter_spec(recipe: str) -> str:
+    """The text for a recipe. Raises SpecError for an unknown name."""
+    check = {"model": {"base": "x", "task": "causal-lm"}, "recipe": {"name": recipe}}
+    known = recipe_of(RunSpec.check(check, where="--recipe"))
+    return STARTER.format(
+        recipe=recipe,
+        pad=" " * max(1, 24 - len(recipe)),
+        summary=RECIPES[recipe].summary,
+        optimizers=" | ".join(known.server_optimizers),
+    )

@@ -1,0 +1,307 @@
+"""The seam `client.train`: a whole cohort, one message after another, and what is refused."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from fedapt.client.app import client_app
+from fedapt.client.client import Client, Sites
+from fedapt.client.models import AdaptedModel, adapt, orthonormalize_factors
+from fedapt.client.tasks import Examples, SequenceClassification
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.downlink import initial_state
+from fedapt.protocols.errors import DataError, PayloadError, SpecError
+from fedapt.protocols.layout import Flat
+from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.records import (
+    DESCRIBE,
+    EVALUATE,
+    TRAIN,
+    assignment_to_records,
+    description_from_records,
+    update_from_records,
+)
+from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Assignment, Update
+
+# peft asks transformers for a property that has a new name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+RAGGED = {10: 5, 20: 0, 30: 1, 40: 12, 50: 4}
+"""Node ⇒ examples that it holds."""
+
+
+@cache
+def model_of(dropout: float = 0.0) -> AdaptedModel:
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_labels=3,
+        initializer_range=0.1,
+    )
+    lora = LoraConfig(r=2, target_modules=["query", "dense"], modules_to_save=["classifier"], lora_dropout=dropout)
+    torch.manual_seed(0)
+    adapted = adapt(get_peft_model(BertForSequenceClassification(config), lora), SequenceClassification(None, 16))
+    orthonormalize_factors(adapted)
+    return adapted
+
+
+def sites_of(sizes: dict[int, int]) -> Sites:
+    random, ends = np.random.default_rng(0), np.cumsum(list(sizes.values()))
+    count = int(ends[-1])
+    texts = [random.integers(1, 100, random.integers(2, 13)) for _ in range(count)]
+    examples = Examples(texts, [np.array(label) for label in random.integers(0, 3, count)], np.arange(count))
+    parts = np.split(np.arange(count), ends[:-1])
+    return Sites(examples, dict(zip(sizes, parts, strict=True)))
+
+
+def client_of(*overrides: str, sizes: dict[int, int] = RAGGED, dropout: float = 0.0) -> Client:
+    raw: dict[str, Any] = {
+        "model": {"base": "tiny", "task": "sequence-classification", "labels": 3},
+        "recipe": {"name": "fedit"},
+        "local": {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4},
+    }
+    adapted = model_of(dropout)
+    adapted.write(start_of(dropout))
+    return Client(RunSpec.check(raw).set(*overrides), adapted, sites_of(sizes))
+
+
+@cache
+def start_of(dropout: float) -> Flat:
+    return model_of(dropout).read()
+
+
+def state_of(client: Client, seed: int | None = None) -> Flat:
+    """The state of round 0; with a seed, some later one."""
+    state = initial_state(client.recipe, client.adapted.layout, client.start)
+    if seed is None:
+        return state
+    noise = np.random.default_rng(seed).standard_normal(len(state)).astype(np.float32)
+    return (state + np.float32(0.1) * noise).astype(np.float32)
+
+
+def assignments_of(client: Client, nodes: Sequence[int], state: Flat, round_: int = 1) -> list[Assignment]:
+    layout = client.recipe.downlink(client.adapted.layout)
+    payload = CODECS[client.spec.wire.downlink].encode(state, layout, 0)
+    return [Assignment("run", round_, 2, node, f"version {round_}", payload) for node in nodes]
+
+
+def sent(message_type: str, node: int, content: RecordDict) -> Message:
+    """A message as our grids build it: Message() alone would read Flower's process-global run id."""
+    metadata = Metadata(7, "1", 0, node, "", "", 0.0, 3600.0, message_type)
+    message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+    return message
+
+
+def asked(client: Client, message_type: str, node: int, content: RecordDict) -> RecordDict:
+    """What the ClientApp answers."""
+    context = Context(7, node, {}, RecordDict(), {})
+    reply = client_app(lambda _: client)(sent(message_type, node, content), context)
+    return reply.content
+
+
+def change_of(client: Client, update: Update) -> Flat:
+    return CODECS[client.spec.wire.codec].decode(update.payload, client.trained)
+
+
+def assert_same(client: Client, one: Update, two: Update, tolerance: float = 1e-5) -> None:
+    ours = [(u.run, u.round, u.attempt, u.node, u.version, u.kind, u.weight) for u in (one, two)]
+    assert ours[0] == ours[1]
+    assert set(one.metrics) == set(two.metrics)
+    for name, value in one.metrics.items():
+        assert value == pytest.approx(two.metrics[name], rel=1e-4)
+    if one.kind == "empty":
+        assert one.payload == two.payload == b""
+        return
+    first, second = change_of(client, one), change_of(client, two)
+    assert np.linalg.norm(first - second) <= tolerance * np.linalg.norm(second)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cohort_is_one_message_after_another(recipe: str) -> None:
+    client = client_of(f"recipe.name={recipe}")
+    assignments = assignments_of(client, list(RAGGED), state_of(client, seed=3))
+    together = client.train(assignments)
+    assert [update.node for update in together] == list(RAGGED)
+    for assignment, update in zip(assignments, together, strict=True):
+        answer = asked(client, TRAIN, assignment.node, assignment_to_records(assignment))
+        assert_same(client, update_from_records(answer), update)
+
+
+@settings(max_examples=12)
+@given(
+    st.dictionaries(st.integers(0, 2**60), st.integers(0, 9), min_size=1, max_size=5),
+    st.sampled_from([0.0, 0.2]),
+    st.data(),
+)
+def test_a_cohort_is_its_members_whatever_their_sizes(
+    sizes: dict[int, int], dropout: float, data: st.DataObject
+) -> None:
+    client = client_of(sizes=sizes, dropout=dropout)
+    nodes = data.draw(st.permutations(list(sizes)))
+    assignments = assignments_of(client, nodes, state_of(client, seed=1))
+    together = client.train(assignments)
+    for assignment, update in zip(assignments, together, strict=True):
+        (alone,) = client.train([assignment])
+        assert_same(client, alone, update)
+        assert update.kind == ("delta" if sizes[update.node] else "empty")
+        assert update.weight == sizes[update.node]
+
+
+def test_shuffled_nodes_would_be_caught() -> None:
+    """The control of `assert_same`: no two nodes send the same."""
+    client = client_of()
+    updates = client.train(assignments_of(client, [10, 40, 50], state_of(client)))
+    for update, other in pairwise(updates):
+        first, second = change_of(client, update), change_of(client, other)
+        assert np.linalg.norm(first - second) > 0.1 * np.linalg.norm(second)
+
+
+def test_assignments_of_different_rounds_keep_their_own_start() -> None:
+    client = client_of()
+    early = assignments_of(client, [10, 40], state_of(client), round_=1)
+    late = assignments_of(client, [40, 10], state_of(client, seed=5), round_=2)
+    mixed = client.train([early[0], late[0], early[1], late[1]])
+    apart = [*client.train(early), *client.train(late)]
+    for one, two in zip([mixed[0], mixed[2], mixed[1], mixed[3]], apart, strict=True):
+        assert_same(client, one, two)
+
+
+def test_a_round_of_nodes_without_data() -> None:
+    for sizes in (RAGGED, {20: 0, 21: 0}):
+        client = client_of(sizes=sizes)
+        (update,) = client.train(assignments_of(client, [20], state_of(client)))
+        assert (update.kind, update.payload, update.weight, update.metrics) == ("empty", b"", 0.0, {})
+    assert client.nodes() == []
+    assert client.train([]) == []
+
+
+def test_who_is_here() -> None:
+    client = client_of()
+    assert client.nodes() == [10, 30, 40, 50]
+    assert client.at(sites_of({7: 2})).nodes() == [7]
+    assert client.nodes() == [10, 30, 40, 50]
+
+
+def test_description() -> None:
+    client = client_of()
+    description = client.describe()
+    assert description.layout == client.adapted.layout
+    assert np.array_equal(description.start, client.start)
+    travelled = description_from_records(asked(client, DESCRIBE, 10, RecordDict()))
+    assert travelled.version == description.version
+    assert travelled.base == description.base
+    assert travelled.config["r"] == 2
+    client.train(assignments_of(client, [10], state_of(client, seed=1)))
+    assert client.describe().version == description.version  # the start of the run, whatever is in the model
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_update_has_the_bytes_that_were_announced(recipe: str, codec: str) -> None:
+    client = client_of(f"recipe.name={recipe}", f"wire.codec={codec}")
+    (update,) = client.train(assignments_of(client, [10], state_of(client)))
+    layout = RECIPES[recipe].trained(client.adapted.layout)
+    assert len(update.payload) == CODECS[codec].size(layout)
+    change = CODECS[codec].decode(update.payload, layout)
+    lossless = client_of(f"recipe.name={recipe}")
+    (reference,) = lossless.train(assignments_of(lossless, [10], state_of(lossless)))
+    exact = change_of(lossless, reference)
+    assert np.linalg.norm(change - exact) <= {"fp32": 1e-6, "bf16": 0.01, "int8": 0.05}[codec] * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_loading_the_first_state_gives_the_start(recipe: str, codec: str) -> None:
+    client = client_of(f"recipe.name={recipe}", f"wire.downlink={codec}")
+    client.adapted.write(np.ones(client.adapted.layout.size, np.float32))
+    client.load(assignments_of(client, [10], state_of(client))[0].payload)
+    assert np.allclose(client.adapted.read(), client.start, atol=0 if codec == "fp32" else 1e-2)
+
+
+def test_fedsvd_rotates_the_a_that_the_run_started_with() -> None:
+    client = client_of("recipe.name=fedsvd")
+    layout = client.adapted.layout
+    downlink = client.recipe.downlink(layout)
+    state = state_of(client)
+    turned = np.array([[0, 1], [-1, 0]], np.float32)
+    for pair in layout.pairs:
+        downlink.split(state)[f"{pair.module}.rotation"][...] = turned
+    for _ in range(2):  # from the start, not from what is in the model
+        client.load(assignments_of(client, [10], state)[0].payload)
+    start, loaded = layout.split(client.start), layout.split(client.adapted.read())
+    for pair in layout.pairs:
+        assert np.allclose(loaded[pair.a.name], turned @ start[pair.a.name])
+
+
+def test_evaluation_is_of_the_nodes_own_data() -> None:
+    client = client_of()
+    (assignment,) = assignments_of(client, [40], state_of(client, seed=2))
+    answer = asked(client, EVALUATE, 40, assignment_to_records(assignment))
+    client.load(assignment.payload)
+    scores = client.evaluate(40)
+    assert len(scores.loss) == RAGGED[40]
+    metrics = scores.metrics(client.adapted.task)
+    assert 0 <= metrics["accuracy"] <= 1
+    assert dict(answer["metrics"]) == pytest.approx(metrics)
+    assert answer["evaluated"] == ConfigRecord({"node": 40, "version": "version 1"})
+    batch = client.adapted.task.collate(client.sites.examples, [client.sites.indices[40]])
+    loss = client.adapted.model(**batch.inputs, labels=batch.labels).loss
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert client.evaluate(20).metrics(client.adapted.task) == {"loss": 0.0, "accuracy": 0.0}
+
+
+def test_training_learns() -> None:
+    client = client_of("local.optimizer=adamw", "local.epochs=15", "local.learning_rate=0.01")
+    (assignment,) = assignments_of(client, [40], state_of(client))
+    client.load(assignment.payload)
+    before = client.evaluate(40).metrics(client.adapted.task)["loss"]
+    (update,) = client.train([assignment])
+    client.adapted.write((client.start + change_of(client, update)).astype(np.float32))
+    after = client.evaluate(40).metrics(client.adapted.task)["loss"]
+    assert after < 0.7 * before
+    assert update.metrics["steps"] == 45
+
+
+def test_a_foreign_node_is_refused() -> None:
+    client = client_of()
+    for ask in (lambda: client.train(assignments_of(client, [10, 11], state_of(client))), lambda: client.evaluate(11)):
+        with pytest.raises(DataError, match="node 11"):
+            ask()
+
+
+def test_a_bad_payload_is_refused() -> None:
+    client = client_of()
+    (good,) = assignments_of(client, [10], state_of(client))
+    nan = np.full(client.trained.size, np.nan, "<f4").tobytes()
+    for payload in (b"", good.payload[:-1], good.payload + b"\0", nan):
+        bad = Assignment(good.run, good.round, good.attempt, good.node, good.version, payload)
+        with pytest.raises(PayloadError):
+            client.train([bad])
+    with pytest.raises(PayloadError):
+        asked(client, TRAIN, 10, RecordDict())
+
+
+def test_an_unknown_recipe_is_refused() -> None:
+    with pytest.raises(SpecError, match="fedsvd"):
+        client_of("recipe.name=fedsvt")
+
+
+def test_another_spec_over_the_same_client() -> None:
+    client = client_of()
+    steps = client.under(client.spec.set("local.steps=2")).train(assignments_of(client, [40], state_of(client)))
+    assert steps[0].metrics["steps"] == 2
+    assert client.train(assignments_of(client, [40], state_of(client)))[0].metrics["steps"] == 3

@@ -1,0 +1,97 @@
+"""A scripted grid: no model, a layout of a few values, and nodes that do what a test says."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.downlink import whole_adapter
+from fedapt.protocols.keys import derive, generator
+from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
+from fedapt.protocols.recipes import recipe_of
+from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Assignment, Description, Update, version_of
+from fedapt.server.coordinator import Coordinator
+from fedapt.server.grid import Failure
+from fedapt.server.store import MemoryStore, Row, Store
+
+LAYOUT = AdapterLayout(
+    [
+        TensorSpec("q.lora_A.weight", (2, 5), "A"),
+        TensorSpec("q.lora_B.weight", (4, 2), "B"),
+        TensorSpec("score.bias", (3,), "other"),
+    ]
+)
+NODES = (3, 4, 2**63 + 1, 2**64 - 1)
+Answer = Update | Failure
+
+
+def start() -> Flat:
+    """Orthonormal A, zero B, as the model's side draws them."""
+    flat = np.random.default_rng(0).standard_normal(LAYOUT.size).astype(np.float32)
+    tensors = LAYOUT.split(flat)
+    tensors["q.lora_A.weight"][...] = np.linalg.qr(tensors["q.lora_A.weight"].T)[0].T
+    tensors["q.lora_B.weight"][...] = 0
+    return flat
+
+
+def spec_of(*overrides: str) -> RunSpec:
+    return RunSpec.parse('[model]\nbase = "m"\ntask = "causal-lm"\n[run]\nrounds = 3\nseed = 5', overrides=overrides)
+
+
+@dataclass
+class FakeGrid:
+    """Nodes that pull the adapter towards a target of their own, and `answer` with what becomes of their updates."""
+
+    spec: RunSpec
+    answer: Callable[[Update], Sequence[Answer]] = lambda update: [update]
+    there: Sequence[int] = NODES
+    scale: float = 0.3
+    sent: list[Assignment] = field(default_factory=list)
+    received: list[Flat] = field(default_factory=list)
+    _waiting: list[Assignment] = field(default_factory=list)
+
+    def nodes(self) -> Sequence[int]:
+        return self.there
+
+    def describe(self) -> Description:
+        return Description(LAYOUT, start(), {"r": 2}, "digest")
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        self._waiting = list(assignments)
+        self.sent += assignments
+
+    def replies(self, timeout: float) -> Iterator[Answer]:
+        """Not in the order of asking."""
+        for assignment in reversed(self._waiting):
+            yield from self.answer(self.train(assignment))
+
+    def train(self, assignment: Assignment) -> Update:
+        recipe = recipe_of(self.spec)
+        downlink, trained = recipe.downlink(LAYOUT), recipe.trained(LAYOUT)
+        state = CODECS[self.spec.wire.downlink].decode(assignment.payload, downlink)
+        assert assignment.version == version_of(downlink, state), "the version is of what arrives"
+        adapter = whole_adapter(recipe, LAYOUT, start(), state)
+        self.received.append(adapter)
+        key = derive(1, "target", assignment.round, assignment.node)
+        target = generator(key).standard_normal(LAYOUT.size).astype(np.float32)
+        change = trained.join(LAYOUT.split(np.float32(self.scale) * (target - adapter)))
+        payload = CODECS[self.spec.wire.codec].encode(change, trained, key)
+        weight = 1.0 + assignment.node % 3
+        own = (assignment.run, assignment.round, assignment.attempt, assignment.node, assignment.version)
+        return Update(*own, "delta", weight, payload, {"loss": 1.0 + assignment.node % 3, "steps": 2.0})
+
+
+def ends(adapter: Flat) -> Mapping[str, float]:
+    return {"loss": float(np.linalg.norm(adapter))}
+
+
+def run(grid: FakeGrid, store: Store | None = None, **options: Any) -> tuple[Coordinator, list[Row]]:
+    coordinator = Coordinator(grid.spec, grid, store or MemoryStore(), **options)
+    return coordinator, list(coordinator.rounds())
+
+
+def plain(rows: Sequence[Row]) -> list[Row]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]

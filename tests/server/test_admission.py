@@ -1,0 +1,130 @@
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.layout import AdapterLayout, TensorSpec
+from fedapt.protocols.records import update_from_records, update_to_records
+from fedapt.protocols.update import Assignment, Update
+from fedapt.server.admission import MAX_WEIGHT, refusal
+
+TRAINED = AdapterLayout([TensorSpec("q.lora_B.weight", (4, 2), "B"), TensorSpec("score.bias", (3,), "other")])
+ASSIGNMENT = Assignment("run", 3, 1, 7, "a" * 64, b"")
+FLAT = np.random.default_rng(0).standard_normal(TRAINED.size).astype(np.float32)
+codecs = pytest.mark.parametrize("codec", CODECS)
+
+
+def valid(codec: str = "fp32") -> Update:
+    return Update("run", 3, 1, 7, "a" * 64, "delta", 5.0, CODECS[codec].encode(FLAT, TRAINED, 1), {"loss": 1.0})
+
+
+def asked(update: Update, assignment: Assignment | None = ASSIGNMENT, codec: str = "fp32") -> str | None:
+    return refusal(update, assignment, CODECS[codec], TRAINED)
+
+
+def payload(*planted: float) -> bytes:
+    """An fp32 payload that begins with these values."""
+    flat = FLAT.copy()
+    flat[: len(planted)] = planted
+    return flat.tobytes()
+
+
+@codecs
+def test_what_was_asked_for_is_admitted(codec: str) -> None:
+    assert asked(valid(codec), codec=codec) is None
+    assert asked(replace(valid(codec), metrics={}), codec=codec) is None
+    assert asked(replace(valid(codec), weight=MAX_WEIGHT), codec=codec) is None
+    for weight in (0.0, 5.0):
+        assert asked(replace(valid(codec), kind="empty", payload=b"", weight=weight), codec=codec) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"run": "other"}, "stale"),
+        ({"round": 2}, "stale: round 2 attempt 1, not 3 attempt 1"),
+        ({"round": 4}, "stale"),
+        ({"attempt": 2}, "stale"),
+        ({"version": "b" * 64}, "trained from adapter bbbbbbbbbbbb, not aaaaaaaaaaaa"),
+        ({"version": ""}, "trained from adapter"),
+        ({"weight": -1.0}, "weight -1.0 is not in 0 … 1e"),
+        ({"weight": float("nan")}, "weight nan"),
+        ({"weight": float("inf")}, "weight inf"),
+        ({"weight": -float("inf")}, "weight -inf"),
+        ({"weight": 1.01 * MAX_WEIGHT}, "is not in 0"),
+        ({"weight": 0.0}, "a trained update has weight 0"),
+        ({"kind": "empty"}, "an empty update carries a payload"),
+        ({"kind": "empty", "payload": b"", "weight": -1.0}, "weight -1.0"),
+        ({"payload": b""}, "0 bytes received, fp32 over this layout has 44"),
+        ({"payload": payload()[:-1]}, "43 bytes received"),
+        ({"payload": payload() + b"\0"}, "45 bytes received"),
+        ({"payload": payload(float("nan"))}, "NaN or infinity"),
+        ({"payload": payload(1.0, float("inf"))}, "NaN or infinity"),
+        ({"payload": payload(-float("inf"))}, "NaN or infinity"),
+    ],
+)
+def test_each_reason_to_refuse(changes: dict[str, Any], reason: str) -> None:
+    found = asked(replace(valid(), **changes))
+    assert found is not None
+    assert reason in found
+
+
+def test_a_node_that_was_not_asked_is_refused() -> None:
+    assert asked(valid(), None) == "node 7 was not asked in this round"
+
+
+Corruption = Callable[[Update, random.Random], Update]
+
+
+def _planted(update: Update, chance: random.Random, pattern: bytes, first: int = 0) -> Update:
+    """`pattern` written over a value of the payload, from byte `first` on, aligned to the pattern's own size."""
+    place = chance.randrange(first // len(pattern), len(update.payload) // len(pattern)) * len(pattern)
+    return replace(update, payload=update.payload[:place] + pattern + update.payload[place + len(pattern) :])
+
+
+COMMON: list[Corruption] = [
+    lambda u, c: replace(u, run=u.run + chr(c.randrange(32, 127))),
+    lambda u, c: replace(u, round=u.round + c.choice([-1, 1]) * c.randrange(1, 2**40)),
+    lambda u, c: replace(u, attempt=u.attempt + c.choice([-1, 1]) * c.randrange(1, 2**40)),
+    lambda u, c: replace(u, version=f"{c.getrandbits(256):064x}"),
+    lambda u, c: replace(u, weight=c.choice([-1e-9, -5e-324, -c.random(), float("nan"), float("inf"), 1e13, 1e308])),
+    lambda u, c: replace(u, weight=c.choice([0.0, -0.0])),
+    lambda u, c: replace(u, kind="empty"),
+    lambda u, c: replace(u, payload=u.payload[: c.randrange(len(u.payload))]),
+    lambda u, c: replace(u, payload=u.payload + c.randbytes(c.randrange(1, 99))),
+]
+SCALES = CODECS["int8"].size(TRAINED) - TRAINED.size
+NOT_FINITE = [bytes.fromhex(h) for h in ("0000c07f", "0100807f", "0000807f", "000080ff", "ffffffff")]
+OWN: dict[str, list[Corruption]] = {
+    "fp32": [lambda u, c: _planted(u, c, c.choice(NOT_FINITE))],
+    "bf16": [lambda u, c: _planted(u, c, c.choice(NOT_FINITE)[2:])],
+    "int8": [
+        lambda u, c: _planted(u, c, b"\x80", SCALES),
+        lambda u, c: replace(
+            u,
+            payload=_planted(replace(u, payload=u.payload[:SCALES]), c, c.choice(NOT_FINITE)).payload
+            + u.payload[SCALES:],
+        ),
+    ],
+}
+
+
+@codecs
+def test_no_corruption_is_admitted(codec: str) -> None:
+    chance = random.Random(0)
+    kinds = [*COMMON, *OWN[codec] * 3]
+    admitted = 0
+    for _ in range(400):
+        corrupt = chance.choice(kinds)
+        admitted += asked(corrupt(valid(codec), chance), codec=codec) is None
+    assert admitted == 0
+
+
+def test_metrics_that_are_not_finite_are_dropped_on_arrival() -> None:
+    metrics = {"loss": float("nan"), "steps": 3.0, "up": float("inf"), "down": -float("inf"), "small": 5e-324}
+    read = update_from_records(update_to_records(replace(valid(), metrics=metrics)))
+    assert read.metrics == {"steps": 3.0, "small": 5e-324}

@@ -1,0 +1,264 @@
+"""The coordinator over a scripted grid."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.downlink import whole_adapter
+from fedapt.protocols.errors import RunError, SpecError
+from fedapt.protocols.layout import Flat
+from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.update import Update
+from fedapt.server.coordinator import Coordinator, Progress
+from fedapt.server.grid import Failure
+from fedapt.server.store import MemoryStore, Store
+
+from .fakes import LAYOUT, NODES, Answer, FakeGrid, ends, plain, run, spec_of, start
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run(store: Store, recipe: str) -> None:
+    grid = FakeGrid(spec_of(f"recipe.name={recipe}"))
+    coordinator, rows = run(grid, store, evaluate=ends)
+    assert plain(coordinator.store.rows("run"))[1:] == plain(rows)
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert (row["nodes"], row["empty"], row["refused"], row["failed"]) == (4, 0, 0, 0)
+        assert row["train_loss"] == pytest.approx(np.mean([1.0 + node % 3 for node in NODES]))
+        assert 1.0 <= row["train_loss_p10"] <= row["train_loss"] <= row["train_loss_p90"] <= 3.0
+        assert set(row["evaluation"]) == {"loss"}
+        assert (row["aggregation_error"] < 1e-6) == RECIPES[recipe].exact
+    assert rows[-1]["evaluation"] == ends(coordinator.adapter())
+    assert [a.node for a in grid.sent] == [*NODES] * 3
+    assert store.contributions("run", 3) == []
+
+
+@pytest.mark.parametrize(("weighting", "weights"), [("examples", [2.0, 3.0]), ("uniform", [1.0, 1.0])])
+def test_nodes_weigh_what_the_recipe_says(weighting: str, weights: list[float]) -> None:
+    grid = FakeGrid(spec_of("recipe.name=ffa", f"recipe.weighting={weighting}", "run.rounds=1"), there=[4, 5])
+    given: list[Update] = []
+
+    def noted(update: Update) -> Sequence[Answer]:
+        given.append(update)
+        return [update]
+
+    grid.answer = noted
+    coordinator, _ = run(grid)
+    changes = [np.frombuffer(update.payload, np.float32) for update in sorted(given, key=lambda u: u.node)]
+    trained = RECIPES["ffa"].trained(LAYOUT)
+    expected = trained.join(LAYOUT.split(start())) + np.average(changes, axis=0, weights=weights)
+    np.testing.assert_allclose(trained.join(LAYOUT.split(coordinator.adapter())), expected, rtol=1e-5, atol=1e-6)
+
+
+def broken(update: Update) -> list[Answer]:
+    """In each round one node fails, three answers are refused, one node answers twice."""
+    by_node: dict[int, list[Answer]] = {
+        NODES[0]: [Failure(update.node, "out of memory")],
+        NODES[1]: [replace(update, version="0" * 64), replace(update, weight=math.nan), update],
+        NODES[2]: [replace(update, payload=b"\xff" * len(update.payload))],
+        NODES[3]: [update, update],
+    }
+    return by_node[update.node]
+
+
+def test_refused_and_failed_replies_never_end_a_round(store: Store) -> None:
+    _, rows = run(FakeGrid(spec_of("recipe.name=ffa"), broken), store)
+    assert [(row["nodes"], row["refused"], row["failed"]) for row in rows] == [(2, 4, 1)] * 3
+    starts = ("a payload holds NaN", "duplicate", "trained from adapter 000000000000, not", "weight nan is not in")
+    reasons = sorted(reason for _, reason in store.refusals("run", 2))
+    assert len(reasons) == len(starts)
+    assert all(reason.startswith(start) for reason, start in zip(reasons, starts, strict=True))
+
+
+def test_what_is_refused_has_no_effect() -> None:
+    spoiled, _ = run(FakeGrid(spec_of("recipe.name=ffa"), broken))
+    honest = FakeGrid(spec_of("recipe.name=ffa"), lambda u: [u] if u.node in (NODES[1], NODES[3]) else [])
+    assert run(honest)[0].adapter().tobytes() == spoiled.adapter().tobytes()
+
+
+def test_an_answer_of_a_node_that_was_not_asked_is_refused(store: Store) -> None:
+    _, rows = run(FakeGrid(spec_of("run.rounds=1"), lambda u: [u, replace(u, node=99)]), store)
+    assert (rows[0]["nodes"], rows[0]["refused"]) == (4, 4)
+    assert store.refusals("run", 1) == [(99, "node 99 was not asked in this round")] * 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda u: [], "no answer"),
+        (lambda u: [Failure(u.node, "out of memory")], "out of memory"),
+        (lambda u: [replace(u, round=9)], "stale: round 9"),
+    ],
+)
+def test_a_round_without_an_update_stays_open_and_resumes(store: Store, answer: Any, reason: str) -> None:
+    spec = spec_of("participation.sampling=fixed", "participation.rate=0.5", "participation.deadline_seconds=7")
+    expected, _ = run(FakeGrid(spec))
+    silent = FakeGrid(spec)
+    silent.answer = lambda u: [u] if u.round == 1 else answer(u)
+    with pytest.raises(RunError, match=rf"round 2: none of 2 nodes .* within 7 s \({reason}.*The round stays open"):
+        run(silent, store)
+    assert len(store.rows("run")) == 2
+    again = FakeGrid(spec)
+    coordinator, rest = run(again, store)
+    assert [row["round"] for row in rest] == [2, 3]
+    assert [a.node for a in again.sent[:2]] == [a.node for a in silent.sent[2:]]
+    assert coordinator.adapter().tobytes() == expected.adapter().tobytes()
+
+
+def test_no_node_is_a_run_error() -> None:
+    with pytest.raises(RunError, match="no node can train"):
+        run(FakeGrid(spec_of(), there=[]))
+
+
+def test_an_empty_draw_leaves_the_state(store: Store) -> None:
+    spec = spec_of("participation.sampling=poisson", "participation.rate=1e-9", "participation.minimum=0")
+    grid = FakeGrid(spec)
+    coordinator, rows = run(grid, store)
+    assert grid.sent == []
+    assert [(row["nodes"], row["bytes_down"], row["bytes_up"], row["aggregation_error"]) for row in rows] == [
+        (0, 0, 0, 0.0)
+    ] * 3
+    assert np.array_equal(coordinator.adapter(), start())
+
+
+def test_nodes_without_data_leave_the_state_and_count(store: Store) -> None:
+    spec = spec_of("recipe.optimizer=nesterov", "run.rounds=2")
+    grid = FakeGrid(
+        spec, lambda u: [u if u.round == 1 else replace(u, kind="empty", payload=b"", weight=0.0, metrics={})]
+    )
+    coordinator, rows = run(grid, store, evaluate=ends)
+    assert [(row["nodes"], row["empty"]) for row in rows] == [(4, 0), (0, 4)]
+    assert rows[1]["evaluation"] == rows[0]["evaluation"]
+    assert rows[1]["bytes_up"] == 0
+    assert "train_loss" not in rows[1]
+    assert set(store.snapshot("run").buffers) == {"momentum"}
+    assert not np.array_equal(coordinator.adapter(), start())
+
+
+def test_losses_that_are_not_finite_do_not_poison_the_row() -> None:
+    losses = {NODES[0]: math.nan, NODES[1]: 2.0, NODES[2]: math.inf, NODES[3]: 1.7e308}
+    grid = FakeGrid(spec_of("run.rounds=2"))
+    grid.answer = lambda u: [replace(u, metrics={"loss": losses[u.node] if u.round == 1 else math.nan})]
+    _, rows = run(grid)
+    assert (rows[0]["train_loss"], rows[0]["train_loss_p10"], rows[0]["train_loss_p90"]) == (2.0, 2.0, 2.0)
+    assert "train_loss" not in rows[1]
+    json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("downlink", ["fp32", "bf16"])
+def test_bytes_are_the_codecs_sizes(codec: str, downlink: str) -> None:
+    spec = spec_of(f"wire.codec={codec}", f"wire.downlink={downlink}", "run.rounds=1")
+    grid = FakeGrid(spec, lambda u: [u] if u.node != NODES[1] else [Failure(u.node, "gone")])
+    _, (row,) = run(grid)
+    assert row["bytes_down"] == 4 * CODECS[downlink].size(RECIPES["fedsvd"].downlink(LAYOUT))
+    assert row["bytes_up"] == 3 * CODECS[codec].size(RECIPES["fedsvd"].trained(LAYOUT))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nodes_start_from_what_they_received(recipe: str) -> None:
+    grid = FakeGrid(spec_of(f"recipe.name={recipe}", "wire.downlink=bf16"))
+    coordinator, _ = run(grid)
+    state = coordinator.store.snapshot("run").state
+    downlink = RECIPES[recipe].downlink(LAYOUT)
+    rounded = CODECS["bf16"].decode(CODECS["bf16"].encode(state, downlink, 0), downlink)
+    grid.spec = grid.spec.set("run.rounds=4")
+    again, _ = run(grid, coordinator.store)
+    assert np.array_equal(grid.received[-1], whole_adapter(RECIPES[recipe], LAYOUT, start(), rounded))
+    assert not np.array_equal(state, rounded)
+    assert again.adapter().shape == (LAYOUT.size,)
+
+
+@pytest.mark.parametrize("recipe", ["ffa", "fedit"])
+def test_a_lossy_downlink_does_not_wear_the_state_away(recipe: str) -> None:
+    """Nodes that change nothing: what was rounded away on the way down is still at the server."""
+    spec = spec_of(f"recipe.name={recipe}", "wire.downlink=bf16")
+    coordinator, _ = run(FakeGrid(spec, scale=0.0))
+    assert np.array_equal(coordinator.adapter(), start())
+
+
+def test_a_truncated_product_is_of_what_nodes_received() -> None:
+    grid = FakeGrid(spec_of("recipe.name=flexlora", "wire.downlink=bf16", "run.rounds=1"))
+    store = MemoryStore()
+    run(grid, store)
+    grid.spec, grid.scale = grid.spec.set("run.rounds=2"), 0.0
+    coordinator, _ = run(grid, store)
+    after, seen = (LAYOUT.split(flat) for flat in (coordinator.adapter(), grid.received[-1]))
+    np.testing.assert_allclose(
+        after["q.lora_B.weight"] @ after["q.lora_A.weight"],
+        seen["q.lora_B.weight"] @ seen["q.lora_A.weight"],
+        atol=1e-6,
+    )
+
+
+def scripted(accuracies: Sequence[float]) -> Callable[[Flat], Mapping[str, float]]:
+    left = iter(accuracies)
+    return lambda _: {"accuracy": next(left), "loss": 1.0}
+
+
+def test_the_best_round_is_kept_and_the_first_of_equals(store: Store) -> None:
+    coordinator, _ = run(FakeGrid(spec_of("run.rounds=5")), store, evaluate=scripted([0.1, 0.5, 0.7, 0.7, 0.2, 0.6]))
+    assert coordinator.best_round() == 2
+    best = coordinator.adapter(coordinator.best_round())
+    shorter, _ = run(FakeGrid(spec_of("run.rounds=2")))
+    assert best.tobytes() == shorter.adapter().tobytes()
+    assert best.tobytes() != coordinator.adapter().tobytes()
+    with pytest.raises(KeyError):
+        coordinator.adapter(1)
+
+
+def test_without_evaluation_there_is_no_best_round() -> None:
+    coordinator, rows = run(FakeGrid(spec_of()))
+    assert coordinator.best_round() is None
+    assert not any("evaluation" in row for row in coordinator.store.rows("run"))
+    assert len(rows) == 3
+
+
+def test_a_round_that_diverged_is_not_the_best() -> None:
+    losses = iter([math.nan, 3.0, 2.0, math.nan])
+    coordinator, _ = run(FakeGrid(spec_of()), evaluate=lambda _: {"loss": next(losses)})
+    assert coordinator.best_round() == 2
+
+
+@pytest.mark.parametrize(("patience", "rounds"), [(0, 8), (1, 4), (2, 5), (3, 8)])
+def test_patience(patience: int, rounds: int) -> None:
+    spec = spec_of("run.rounds=8", f"run.patience={patience}")
+    _, rows = run(FakeGrid(spec), evaluate=scripted([0.1, 0.2, 0.3, 0.6, 0.5, 0.4, 0.7, 0.1, 0.2]))
+    assert len(rows) == rounds
+
+
+def test_evaluate_every(store: Store) -> None:
+    coordinator, _ = run(FakeGrid(spec_of("run.rounds=5", "run.evaluate_every=2")), store, evaluate=ends)
+    rows = coordinator.store.rows("run")
+    assert [row["round"] for row in rows if "evaluation" in row] == [0, 2, 4, 5]
+
+
+def test_progress_counts_every_answer() -> None:
+    seen: list[Progress] = []
+    run(FakeGrid(spec_of("run.rounds=1")), progress=seen.append)
+    assert seen == [Progress(1, answered, 4) for answered in range(5)]
+
+
+def test_more_rounds_go_on_from_where_the_run_ended(store: Store) -> None:
+    run(FakeGrid(spec_of("run.rounds=1")), store)
+    longer = FakeGrid(spec_of("run.rounds=3", "run.patience=2", "run.evaluate_every=3"))
+    coordinator, rows = run(longer, store)
+    assert [row["round"] for row in rows] == [2, 3]
+    assert coordinator.adapter().tobytes() == run(FakeGrid(spec_of("run.rounds=3")))[0].adapter().tobytes()
+    assert run(FakeGrid(spec_of("run.rounds=2")), store)[1] == []
+
+
+@pytest.mark.parametrize(
+    "other", ["run.seed=6", "recipe.name=ffa", "local.learning_rate=0.1", "wire.codec=int8", "model.base=n"]
+)
+def test_another_spec_under_the_same_name_is_refused(store: Store, other: str) -> None:
+    run(FakeGrid(spec_of("run.rounds=1")), store)
+    with pytest.raises(SpecError, match='run "run" exists with another spec'):
+        Coordinator(spec_of(other), FakeGrid(spec_of(other)), store)
+    assert run(FakeGrid(spec_of(other, "run.name=another", "run.rounds=1")), store)[1][0]["round"] == 1

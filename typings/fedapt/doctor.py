@@ -1,0 +1,1 @@
+../../fedapt/doctor.py
