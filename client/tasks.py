@@ -234,10 +234,12 @@ class ImageClassification:
 def _tokenize(tokenizer: Any, table: Dataset, column: str, max_length: int | None) -> list[Array]:
     """Token ids (n,) int64 of every row; the datasets library caches them where the table came from a file."""
     settings = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
+    lean = {"return_attention_mask": False, "return_token_type_ids": False}
     tokenizer("", **settings)  # sets the truncation that is part of the tokenizer's serialized form, hashed below
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        return {"ids": tokenizer(batch[column], **settings)["input_ids"]}
+        ids = tokenizer(batch[column], **settings, **lean)["input_ids"]
+        return {"ids": [np.asarray(row, np.int32) for row in ids]}
 
     form = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     fingerprint = sha256("|".join((table._fingerprint, column, str(max_length), form)).encode()).hexdigest()[:32]
