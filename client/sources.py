@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas  # type: ignore[import-untyped]
+import pandas
 
 from ..protocols.errors import DataError
 from ..protocols.keys import derive, generator

@@ -243,5 +243,7 @@ def _tokenize(tokenizer: Any, table: Dataset, column: str, max_length: int | Non
 
     form = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     fingerprint = sha256("|".join((table._fingerprint, column, str(max_length), form)).encode()).hexdigest()[:32]
-    encoded = table.map(encode, batched=True, remove_columns=table.column_names, new_fingerprint=fingerprint)
+    encoded = table.map(
+        encode, batched=True, batch_size=64, remove_columns=table.column_names, new_fingerprint=fingerprint
+    )
     return [np.asarray(ids, np.int64) for ids in encoded.with_format("numpy")["ids"]]

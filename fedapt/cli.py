@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for 
 
 def main() -> None:
     """Run the command line: exit codes 0 (done), 1 (a check failed), 2 (wrong use or input), 130 (interrupted)."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         app(standalone_mode=True)
     except FedaptError as error:

@@ -26,7 +26,7 @@ from .sim.grid import LocalGrid
 if TYPE_CHECKING:
     from .client.client import Client
 
-SCORED_CLIENTS, SCORED_EXAMPLES = 60, 480
+SCORED_CLIENTS, SCORED_EXAMPLES = 60, 240
 """How many clients the report's spread shows, and how many examples are scored for it in all."""
 
 
