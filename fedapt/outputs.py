@@ -1,5 +1,6 @@
 """What a run leaves in its folder: the spec as run, metrics.jsonl, the adapter in peft's format, report.html."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,17 @@ def spec_toml(spec: RunSpec) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing. Raises OutputError."""
-    scratch = path.with_name(f".{path.name}.part")
+    """Write a whole file or nothing, in UTF-8 (a lone surrogate becomes a question mark). Raises OutputError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(text.encode("utf-8", "replace"))
         os.replace(scratch, path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); name a folder that can be."
+        ) from error
 
 
 class RunFolder:

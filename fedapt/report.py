@@ -1,8 +1,6 @@
 """The report of a run: one HTML file with its plots inside, which asks nothing of the network."""
 
-import contextlib
 import html
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -13,7 +11,7 @@ from statistics import median
 from string import Template
 from typing import Any
 
-from .protocols.errors import OutputError
+from .outputs import write_text
 from .svg import MOST_POINTS, Axis, Dot, Line, byte_unit, colour, count, duration, line_chart, measured, scatter, size
 
 Row = Mapping[str, Any]
@@ -69,16 +67,7 @@ class Report:
 
 def write(report: Report, path: Path) -> None:
     """Write the page to `path`, whole or not at all. Raises OutputError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # a lone surrogate in a name is legal JSON and no UTF-8: it becomes a question mark
-        temporary.write_bytes(report.html().encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = error.strerror or error
-        raise OutputError(f"{path}: the report cannot be written ({reason}); name a folder that can be.") from error
+    write_text(path, report.html())
 
 
 @dataclass(frozen=True)

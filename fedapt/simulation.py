@@ -1,6 +1,5 @@
 """A simulation from spec to result: it wires client, server and simulator together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -162,7 +161,6 @@ def _trainable(federation: Federation) -> str:
 
 def _report(result: Result) -> Report:
     spec, federation = result.spec, result.federation
-    moved: Callable[[str], int] = lambda key: sum(row.get(key, 0) for row in result.metrics)
     facts = {
         "Recipe": spec.recipe.name,
         "Base": spec.model.base.rstrip("/").rpartition("/")[2],
@@ -170,7 +168,6 @@ def _report(result: Result) -> Report:
         "Trainable": _trainable(federation),
         "Local training": f"{spec.local.optimizer}, rate {spec.local.learning_rate:g}, batch {spec.local.batch_size}",
         "Codec": f"{spec.wire.downlink} down, {spec.wire.codec} up",
-        "Bytes": f"{moved('bytes_down'):,} down, {moved('bytes_up'):,} up",
         "Privacy": "no formal guarantee",
         "Seed": str(spec.run.seed),
     }

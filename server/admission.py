@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
+
 from ..protocols.codecs import Codec
 from ..protocols.errors import PayloadError
 from ..protocols.layout import AdapterLayout
 from ..protocols.update import Assignment, Update
 
 MAX_WEIGHT = 1e12
+MAX_VALUE = 1e6
+"""No honest change of an adapter is near it, and sums of such values stay far from overflow."""
 
 
 def refusal(update: Update, assignment: Assignment | None, codec: Codec, trained: AdapterLayout) -> str | None:
@@ -37,7 +41,7 @@ def _unfit(update: Update, codec: Codec, trained: AdapterLayout) -> str | None:
     if update.weight == 0:
         return "a trained update has weight 0"
     try:
-        codec.decode(update.payload, trained)
+        largest = float(np.abs(codec.decode(update.payload, trained)).max(initial=0.0))
     except PayloadError as error:
         return str(error)
-    return None
+    return f"a value of {largest:g} is over {MAX_VALUE:g}" if largest > MAX_VALUE else None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedapt.cli import main
+
 FEDAPT = [str(Path(sys.executable).with_name("fedapt"))]
 COMMANDS = [
     [],
@@ -27,16 +29,31 @@ COMMANDS = [
 ]
 
 
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of `main()` in this process: as in a process of its own, without its imports."""
+    before = sys.argv
+    sys.argv = ["fedapt", *map(str, arguments)]
+    code = 0
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
 def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [*FEDAPT, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c) or "fedapt")
-def test_help_has_an_example(command: list[str]) -> None:
-    done = fedapt(*command, "--help")
-    assert done.returncode == 0
-    assert command in ([], ["adapter"]) or "Example:" in done.stdout
+def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, *command, "--help")
+    assert code == 0
+    assert command in ([], ["adapter"]) or "Example:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -77,19 +94,29 @@ def test_without_a_terminal_one_line_a_round(tiny: Path, tmp_path: Path) -> None
     assert "centralized" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_init_plan_and_sweep(tmp_path: Path, tiny: Path) -> None:
+def test_init_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fedapt("init", "spec.toml", cwd=tmp_path).returncode == 0
     planned = fedapt("plan", "spec.toml", "--json", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["recipe"] == "fedsvd"
-    again = fedapt("init", "spec.toml", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    code, _, errors = in_process(capsys, "init", tmp_path / "spec.toml")
+    assert code == 2
+    assert "exists already" in errors
+
+
+def test_a_sweep_is_one_table_and_is_not_run_twice(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = ("sweep", tiny, "--grid", "adapter.rank=1,2", "--out", tmp_path / "sweep", "--set", "run.rounds=1")
-    swept = fedapt(*grid)
-    assert swept.returncode == 0, swept.stderr
-    assert "adapter.rank=2" in swept.stdout
-    assert len(json.loads(fedapt(*grid, "--json").stdout)["points"]) == 2
+    code, out, _ = in_process(capsys, *grid)
+    assert code == 0
+    assert "adapter.rank=2" in out
+    seconds = [_seconds(path) for path in sorted((tmp_path / "sweep").glob("*/metrics.jsonl"))]
+    assert len(seconds) == 2
+    code, out, _ = in_process(capsys, *grid, "--json")
+    assert code == 0
+    assert len(json.loads(out)["points"]) == 2
+    assert seconds == [_seconds(path) for path in sorted((tmp_path / "sweep").glob("*/metrics.jsonl"))]
 
 
 @pytest.mark.parametrize(
@@ -110,16 +137,17 @@ def test_init_plan_and_sweep(tmp_path: Path, tiny: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_wrong_spec_is_one_clear_message(tiny: Path, tmp_path: Path, settings: list[str], message: str) -> None:
+def test_a_wrong_spec_is_one_clear_message(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
     flags = [part for setting in settings for part in ("--set", setting)]
-    done = fedapt("simulate", tiny, "--out", tmp_path / "out", *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, errors = in_process(capsys, "simulate", tiny, "--out", tmp_path / "out", *flags)
+    assert code == 2
+    assert message in errors
     assert not list((tmp_path / "out").glob("*.part"))
 
 
-def data_spec(tiny: Path, source: Path, *, classify: bool = False) -> list[str]:
+def data_spec(source: Path, *, classify: bool = False) -> list[str]:
     settings = [f"data.source='{source}'", "data.partition.clients=2"]
     settings += ["model.task=sequence-classification", "model.labels=2"] if classify else []
     return [part for setting in settings for part in ("--set", setting)]
@@ -136,13 +164,14 @@ def data_spec(tiny: Path, source: Path, *, classify: bool = False) -> list[str]:
     ],
     ids=["empty", "malformed", "label", "blank", "column"],
 )
-def test_wrong_data_is_one_clear_message(tiny: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_data_is_one_clear_message(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
     source = tmp_path / "data.jsonl"
     source.write_text(text)
-    done = fedapt("simulate", tiny, "--out", tmp_path / "out", *data_spec(tiny, source, classify=True))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, errors = in_process(capsys, "simulate", tiny, "--out", tmp_path / "out", *data_spec(source, classify=True))
+    assert code == 2
+    assert message in errors
 
 
 @pytest.mark.parametrize("arguments", [["adapter", "show", "nowhere"], ["plan", "nowhere.toml"], ["recipes", "fedsdv"]])
@@ -150,6 +179,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
     done = fedapt(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("fedapt: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
@@ -176,3 +206,8 @@ def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on(tiny: Path, tmp_
 def _rounds(out: Path) -> int:
     path = out / "metrics.jsonl"
     return max(0, len(path.read_text().splitlines()) - 1) if path.exists() else 0
+
+
+def _seconds(path: Path) -> float:
+    """How long round 1 took: a figure that no second run would repeat."""
+    return float(json.loads(path.read_text().splitlines()[1])["seconds"])
