@@ -15,6 +15,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import click
 import typer
 
 from .protocols.errors import FedaptError, OutputError
@@ -42,11 +43,14 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except FedaptError as error:
         print(f"fedapt: {error}", file=sys.stderr)
         sys.exit(USAGE)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         print("fedapt: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 

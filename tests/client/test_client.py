@@ -34,9 +34,6 @@ from fedapt.protocols.records import (
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
 
-# peft asks transformers for a property that has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 RAGGED = {10: 5, 20: 0, 30: 1, 40: 12, 50: 4}
 """Node ⇒ examples that it holds."""
 

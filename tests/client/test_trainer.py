@@ -32,9 +32,6 @@ from fedapt.protocols.keys import derive
 from fedapt.protocols.layout import AdapterLayout
 from fedapt.protocols.spec import Local
 
-# peft asks transformers for a property that has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

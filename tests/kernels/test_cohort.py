@@ -57,9 +57,6 @@ TOLERANCE = (
     1e-10  # tensor by tensor, in float64: in fp32 a gradient that nearly cancels is off by a few 1e-5 in the loop too
 )
 
-# peft asks transformers for a property that has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 def base(kind: str) -> nn.Module:
     torch.manual_seed(0)

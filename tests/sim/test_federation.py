@@ -21,7 +21,6 @@ from fedapt.sim.partition import Clients
 SpecOf = Callable[..., RunSpec]
 
 # peft asks transformers for an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @st.composite

@@ -42,7 +42,6 @@ from fedapt.sim.grid import PORTION, LocalGrid
 SpecOf = Callable[..., RunSpec]
 
 # peft asks transformers for an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture(scope="module")
