@@ -1,12 +1,10 @@
 """Results as text for people and as JSON for machines."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .protocols.errors import SpecError
-from .protocols.recipes import RECIPES
+from .protocols.recipes import RECIPES, recipe_named
 from .svg import size
 
 if TYPE_CHECKING:
@@ -79,9 +77,6 @@ def result_json(result: "Result", folder: Path) -> dict[str, Any]:
 
 def recipe_rows(name: str | None) -> list[dict[str, Any]]:
     """The recipe table. Raises SpecError for an unknown name."""
-    if name is not None and name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        raise SpecError(f"{name!r}: no such recipe; " + (f'did you mean "{near[0]}"?' if near else ", ".join(RECIPES)))
     return [
         {
             "name": recipe.name,
@@ -95,7 +90,7 @@ def recipe_rows(name: str | None) -> list[dict[str, Any]]:
             "server_optimizers": list(recipe.server_optimizers),
             "privacy_units": list(recipe.units),
         }
-        for recipe in (RECIPES.values() if name is None else [RECIPES[name]])
+        for recipe in (RECIPES.values() if name is None else [recipe_named(name)])
     ]
 
 

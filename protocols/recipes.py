@@ -88,15 +88,20 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe_of(spec: RunSpec) -> Recipe:
     """The spec's recipe. Raises SpecError for an unknown name or a combination that would be wrong."""
-    recipe = RECIPES.get(spec.recipe.name)
-    if recipe is None:
-        near = difflib.get_close_matches(spec.recipe.name, RECIPES, n=1, cutoff=0.4)
-        way_out = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(RECIPES)}."
-        raise SpecError(f"recipe.name = {spec.recipe.name!r}: no such recipe; {way_out}")
+    recipe = recipe_named(spec.recipe.name)
     problems = illegal(spec, recipe)
     if problems:
         raise SpecError("\n".join(problems))
     return recipe
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of this name. Raises SpecError that names the nearest one."""
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    way_out = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(RECIPES)}."
+    raise SpecError(f"recipe.name = {name!r}: no such recipe; {way_out}")
 
 
 def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
