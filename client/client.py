@@ -15,7 +15,7 @@ from ..protocols.downlink import whole_adapter
 from ..protocols.errors import DataError
 from ..protocols.keys import derive
 from ..protocols.recipes import recipe_of
-from ..protocols.spec import RunSpec
+from ..protocols.spec import Local, RunSpec
 from ..protocols.update import Assignment, Description, Update
 from .batches import plan_batches
 from .evaluation import Scores, score
@@ -73,7 +73,7 @@ class Client:
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
         updates: list[Update] = []
-        for _, group in groupby(assignments, key=lambda a: (a.version, a.payload)):
+        for _, group in groupby(assignments, key=lambda a: (a.round, a.version, a.payload)):
             cohort = list(group)
             self.load(cohort[0].payload)
             updates += self._train(cohort)
@@ -93,7 +93,8 @@ class Client:
         """Assignments that start from the adapter which is in the model."""
         plans = [self._member(assignment) for assignment in cohort]
         busy = [plan for plan in plans if plan.batches]
-        results = iter(self._trainer(busy[0]).train(self.sites.examples, busy) if busy else ())
+        local = self.spec.local.in_round(cohort[0].round, self.spec.run.rounds)
+        results = iter(self._trainer(busy[0], local).train(self.sites.examples, busy) if busy else ())
         return [
             self._update(assignment, next(results) if plan.batches else None)
             for assignment, plan in zip(cohort, plans, strict=True)
@@ -113,7 +114,7 @@ class Client:
             )
         return self.sites.indices[node]
 
-    def _trainer(self, first: Member) -> Trainer:
+    def _trainer(self, first: Member, local: Local) -> Trainer:
         """A trainer with the forward to use, which is chosen once on a few rows of real data: the first member's."""
         if self._forward is None:
             rows = first.batches[0][:2]
@@ -121,7 +122,7 @@ class Client:
             inputs = {key: value.to(self.adapted.device) for key, value in batch.inputs.items()}
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
-        return Trainer(self.adapted, self._forward, self.trained, self.spec.local)
+        return Trainer(self.adapted, self._forward, self.trained, local)
 
     def _update(self, assignment: Assignment, trained: Trained | None) -> Update:
         node, round_ = assignment.node, assignment.round

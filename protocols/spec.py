@@ -1,6 +1,7 @@
 """The run's spec: one TOML file, checked whole before anything runs (DESIGN §5)."""
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,14 +75,25 @@ class Recipe(Section):
 
 
 class Local(Section):
-    """The trainer at a node: `steps` batches, or `epochs` passes over the node's data."""
+    """The trainer at a node: `steps` batches, or `epochs` passes over the node's data.
+
+    `schedule` moves the learning rate from round to round: `cosine` lets it fall to zero after the last.
+    """
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: NonNegative = 0.0
     batch_size: Positive = 16
     steps: Positive | None = None
     epochs: Positive | None = None
+
+    def in_round(self, round_: int, rounds: int) -> "Local":
+        """These settings with the learning rate of a round, counted from 1."""
+        if self.schedule == "constant":
+            return self
+        share = (1 + math.cos(math.pi * (round_ - 1) / rounds)) / 2
+        return self.model_copy(update={"learning_rate": self.learning_rate * share})
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedapt.protocols.errors import SpecError
-from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.spec import Local, RunSpec
 
 LEAST = '[model]\nbase = "m"\ntask = "causal-lm"\n'
 FULL = """
@@ -297,3 +297,12 @@ def test_a_spec_cannot_be_changed_in_place() -> None:
     spec = RunSpec.parse(LEAST)
     with pytest.raises(ValueError, match="frozen"):
         spec.run.rounds = 3
+
+
+def test_a_cosine_schedule_falls_from_the_rate_to_nothing() -> None:
+    local = Local(learning_rate=2e-3, schedule="cosine")
+    rates = [local.in_round(round_, 10).learning_rate for round_ in range(1, 11)]
+    assert rates[0] == 2e-3
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 1e-4
+    assert Local(learning_rate=2e-3).in_round(7, 10).learning_rate == 2e-3
