@@ -4,6 +4,8 @@ Batches hold examples of like length, so little is padded. Two nodes visit their
 by quantile), so that the members of a cohort pad little too, although each has its own data.
 """
 
+from math import ceil
+
 import numpy as np
 
 from ..protocols.keys import derive, generator
@@ -16,14 +18,14 @@ GOLDEN = (5**0.5 - 1) / 2
 def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: int) -> list[Indices]:
     """Positions in the node's own examples, one array a step.
 
-    `local.steps` batches, or `local.epochs` passes (one, if neither is set); a node with fewer examples than a batch
-    uses all of them in each step. No examples give no batches.
+    `local.steps` batches, or `local.epochs` passes (one, if neither is set), at least one batch; a node with fewer
+    examples than a batch uses all of them in each step. No examples give no batches.
     """
     count = len(lengths)
     if count == 0:
         return []
     epoch_steps = -(-count // local.batch_size)
-    steps = local.steps or epoch_steps * (local.epochs or 1)
+    steps = local.steps or ceil(epoch_steps * (local.epochs or 1.0))
     batches: list[Indices] = []
     for epoch in range(-(-steps // epoch_steps)):
         random = generator(derive(seed, "batches", round_, node, epoch))

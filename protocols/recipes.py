@@ -29,7 +29,7 @@ class Recipe:
     averages: Literal["tensors", "products"] = "tensors"
     refactorizes: bool = False
     initial_a: tuple[Literal["kaiming", "orthonormal"], ...] = ("kaiming",)
-    server_optimizers: tuple[str, ...] = ("sgd", "nesterov", "adam")
+    server_optimizers: tuple[str, ...] = ("sgd", "nesterov", "novograd", "adam")
     linear: bool = True
     exact: bool = True
     units: tuple[str, ...] = ("none",)
@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
             trains=B_ONLY,
             refactorizes=True,
             initial_a=("orthonormal",),
-            server_optimizers=("sgd", "nesterov"),
+            server_optimizers=("sgd", "nesterov", "novograd"),
         ),
         Recipe(
             name="ffa",

@@ -69,13 +69,13 @@ class Recipe(Section):
     name: str = "fedsvd"
     weighting: Literal["examples", "uniform"] = "examples"
     initial_a: Literal["kaiming", "orthonormal"] | None = None
-    optimizer: Literal["sgd", "nesterov", "adam"] = "sgd"
+    optimizer: Literal["sgd", "nesterov", "novograd", "adam"] = "sgd"
     learning_rate: PositiveFloat = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
 class Local(Section):
-    """The trainer at a node: `steps` batches, or `epochs` passes over the node's data.
+    """The trainer at a node: `steps` batches whatever its data, or `epochs` passes over them (0.1 is a tenth of one).
 
     `schedule` moves the learning rate from round to round: `cosine` lets it fall to zero after the last.
     """
@@ -86,7 +86,7 @@ class Local(Section):
     weight_decay: NonNegative = 0.0
     batch_size: Positive = 16
     steps: Positive | None = None
-    epochs: Positive | None = None
+    epochs: PositiveFloat | None = None
 
     def in_round(self, round_: int, rounds: int) -> "Local":
         """These settings with the learning rate of a round, counted from 1."""

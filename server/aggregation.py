@@ -43,22 +43,22 @@ def aggregate(
 def settle(recipe: Recipe, layout: AdapterLayout, state: Flat, buffers: Buffers) -> tuple[Flat, Buffers]:
     """The state after its step, brought into the recipe's form (fp32, over the downlink layout).
 
-    FedSVD (arXiv 2505.12805 §3): each `B·A` is refactored with A orthonormal; the buffers are linear in B's basis
-    and turn with it. Rotations are re-orthonormalized each round, so that their product cannot drift.
+    FedSVD (arXiv 2505.12805 §3): each `B·A` is refactored with A orthonormal; momentum is linear in B's basis
+    and turns with it, and no other buffer depends on the basis. Rotations are re-orthonormalized each round, so that their product cannot drift.
     """
     if not recipe.refactorizes:
         return state, buffers
     downlink, trained = recipe.downlink(layout), recipe.trained(layout)
     state, buffers = state.copy(), {name: buffer.copy() for name, buffer in buffers.items()}
     tensors = downlink.split(state)
-    turned = [trained.split(buffer) for buffer in buffers.values()]
+    momentum = trained.split(buffers["momentum"]) if "momentum" in buffers else {}
     for pair in layout.pairs:
         b, rotation = refactor(tensors[pair.b.name])
         total = tensors[pair.module + ROTATION_SUFFIX]
         tensors[pair.b.name][...] = b
         total[...] = _nearest_orthogonal(rotation @ total.astype(np.float64))
-        for buffer in turned:
-            buffer[pair.b.name][...] = buffer[pair.b.name] @ rotation.T
+        if momentum:
+            momentum[pair.b.name][...] = momentum[pair.b.name] @ rotation.T
     return state, buffers
 
 

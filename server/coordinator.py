@@ -187,7 +187,7 @@ class Coordinator:
         change, error = aggregation.aggregate(
             self.recipe, self.layout, self._whole(received), self._contributions(updates)
         )
-        step, buffers = optimizers.step(change, before.buffers, self.spec.recipe)
+        step, buffers = optimizers.step(change, before.buffers, self.spec.recipe, self.trained)
         # A truncated product is the next adapter itself; any other change keeps what a lossy downlink rounded away.
         state = (received if self.recipe.averages == "products" else before.state).copy()
         moved = self.recipe.downlink(self.layout).split(state)

@@ -17,7 +17,7 @@ def plan(
     *,
     batch_size: int = 4,
     steps: int | None = None,
-    epochs: int | None = None,
+    epochs: float | None = None,
     seed: int = 0,
     round_: int = 1,
     node: int = 0,
@@ -37,6 +37,13 @@ def test_an_epoch_has_every_example_once(lengths: Indices, batch_size: int, epoc
     for epoch in range(epochs):
         seen = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
         assert sorted(seen) == list(range(len(lengths)))
+
+
+@given(lengths_of, batch_sizes, st.floats(0.01, 1), seeds)
+def test_a_part_of_an_epoch_is_its_beginning(lengths: Indices, batch_size: int, share: float, seed: int) -> None:
+    part, whole = (plan(lengths, batch_size=batch_size, epochs=e, seed=seed) for e in (share, 1.0))
+    assert same(part, whole[: len(part)])
+    assert len(part) == max(1, int(np.ceil(len(whole) * share)))
 
 
 @given(lengths_of, batch_sizes)

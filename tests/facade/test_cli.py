@@ -126,7 +126,7 @@ def test_a_sweep_is_one_table_and_is_not_run_twice(
         (["run.rounds=many"], "run.rounds = 'many'"),
         (["run.rounds=0"], "greater than or equal to 1"),
         (["recipe.name=fedsdv"], 'did you mean "fedsvd"?'),
-        (["recipe.optimizer=adam"], 'Nearest legal: "nesterov"'),
+        (["recipe.optimizer=adam"], 'Nearest legal: "novograd"'),
         (["privacy.unit=client"], "not offered"),
         (["data.source=missing.jsonl"], "missing.jsonl"),
         (["model.base=./nowhere"], "no such folder"),

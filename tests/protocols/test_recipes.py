@@ -58,10 +58,11 @@ def test_what_the_table_offers_is_legal(recipe: Recipe) -> None:
 
 
 ILLEGAL = [
-    ("fedsvd", "recipe.optimizer=adam", '"nesterov"'),
+    ("fedsvd", "recipe.optimizer=adam", '"novograd"'),
     ("fedsvd", "recipe.initial_a=kaiming", '"orthonormal"'),
     ("flexlora", "recipe.optimizer=adam", '"sgd"'),
     ("flexlora", "recipe.optimizer=nesterov", '"sgd"'),
+    ("flexlora", "recipe.optimizer=novograd", '"sgd"'),
     ("flexlora", "recipe.learning_rate=0.5", "1.0"),
     ("flexlora", "recipe.initial_a=orthonormal", '"kaiming"'),
     ("fedit", "recipe.initial_a=orthonormal", '"kaiming"'),
@@ -91,7 +92,7 @@ def test_the_nearest_legal_choice_is_legal(recipe: str, override: str, nearest: 
 def test_the_illegal_table_is_whole(recipe: Recipe) -> None:
     """Every choice of the spec that the recipe does not offer is refused."""
     choices = {
-        "recipe.optimizer": ({"sgd", "nesterov", "adam"}, recipe.server_optimizers),
+        "recipe.optimizer": ({"sgd", "nesterov", "novograd", "adam"}, recipe.server_optimizers),
         "recipe.initial_a": ({"kaiming", "orthonormal"}, recipe.initial_a),
         "privacy.unit": ({"none", "example", "client"}, recipe.units),
     }
