@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 
 from .codecs import CODECS
 from .errors import PayloadError, SpecError
@@ -21,6 +21,14 @@ from .update import Assignment, Description, Update
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+
+def message(content: RecordDict | Error, metadata: Metadata) -> Message:
+    """A Flower message with metadata of our own: without them, Message() reads a process-global identity, which only
+    Flower's own launchers set. (Its constructor takes metadata; its type stubs do not say so.)"""
+    part = {"error": content} if isinstance(content, Error) else {"content": content}
+    made: Message = Message(**part, metadata=metadata)  # type: ignore[call-overload]
+    return made
 
 
 def spec_from_context(context: Context) -> RunSpec:

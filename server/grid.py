@@ -10,7 +10,14 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
 from ..protocols.errors import PayloadError, RunError
-from ..protocols.records import DESCRIBE, TRAIN, assignment_to_records, description_from_records, update_from_records
+from ..protocols.records import (
+    DESCRIBE,
+    TRAIN,
+    assignment_to_records,
+    description_from_records,
+    message,
+    update_from_records,
+)
 from ..protocols.update import Assignment, Description, Update
 
 POLL_SECONDS = 0.05
@@ -58,8 +65,8 @@ class FlowerGrid:
         nodes = self.nodes()
         if not nodes:
             raise RunError(f"no node has connected within {self.wait_seconds:g} s; start one and try again")
-        message = self._message(RecordDict(), nodes[0], DESCRIBE)
-        for reply in self.grid.send_and_receive([message], timeout=self.wait_seconds * 10):
+        question = self._message(RecordDict(), nodes[0], DESCRIBE)
+        for reply in self.grid.send_and_receive([question], timeout=self.wait_seconds * 10):
             if reply.has_error():
                 raise RunError(f"node {nodes[0]} could not describe its model: {reply.error.reason}")
             return description_from_records(reply.content)
@@ -74,27 +81,26 @@ class FlowerGrid:
         deadline = time.monotonic() + timeout
         pending = dict.fromkeys(self._pending)  # in the order of sending, so that a local grid sees the same cohort
         while pending and time.monotonic() < deadline:
-            for message in self.grid.pull_messages(list(pending)):
-                pending.pop(message.metadata.reply_to_message_id, None)
-                yield read_reply(message)
+            for reply in self.grid.pull_messages(list(pending)):
+                pending.pop(reply.metadata.reply_to_message_id, None)
+                yield read_reply(reply)
             if pending:
                 time.sleep(POLL_SECONDS)
 
     def _message(self, content: RecordDict, node: int, message_type: str, group: str = "") -> Message:
-        # Message() alone would read a process-global identity, which only Flower's own launchers set.
         created, run = time.time(), self.grid.run.run_id
-        metadata = Metadata(run, "", SUPERLINK_NODE_ID, node, "", group, created, DEFAULT_TTL, message_type)
-        message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
-        return message
+        return message(
+            content, Metadata(run, "", SUPERLINK_NODE_ID, node, "", group, created, DEFAULT_TTL, message_type)
+        )
 
 
-def read_reply(message: Message) -> Update | Failure:
+def read_reply(reply: Message) -> Update | Failure:
     """A reply as an Update of the node it came from, or as a Failure that says why it is none."""
-    node = message.metadata.src_node_id
-    if message.has_error():
-        return Failure(node, message.error.reason or f"error {message.error.code}")
+    node = reply.metadata.src_node_id
+    if reply.has_error():
+        return Failure(node, reply.error.reason or f"error {reply.error.code}")
     try:
-        update = update_from_records(message.content)
+        update = update_from_records(reply.content)
     except PayloadError as error:
         return Failure(node, str(error))
     if update.node != node:

@@ -14,6 +14,7 @@ from ..protocols.records import (
     TRAIN,
     assignment_from_records,
     description_to_records,
+    message,
     update_to_records,
 )
 from ..protocols.update import Assignment, Description, Update
@@ -61,9 +62,8 @@ class LocalGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        # Message() alone would read Flower's process-global run id.
         metadata = Metadata(self._run_id, "", SERVER_NODE, dst_node_id, "", group_id, 0.0, ttl or 3600.0, message_type)
-        return _message(content, metadata)
+        return message(content, metadata)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.nodes()
@@ -76,11 +76,11 @@ class LocalGrid(Grid):
         wanted = {number: self._mailbox.pop(number) for number in message_ids if number in self._mailbox}
         training = {n: m for n, m in wanted.items() if m.metadata.message_type == TRAIN}
         replies = self._train(training)
-        for number, message in wanted.items():
-            if message.metadata.message_type == DESCRIBE:
-                replies.append(self._reply(number, message, description_to_records(self.describe())))
+        for number, asked in wanted.items():
+            if asked.metadata.message_type == DESCRIBE:
+                replies.append(self._reply(number, asked, description_to_records(self.describe())))
             elif number not in training:
-                replies.append(self._reply(number, message, Error(0, f"no {message.metadata.message_type} here")))
+                replies.append(self._reply(number, asked, Error(0, f"no {asked.metadata.message_type} here")))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -94,26 +94,19 @@ class LocalGrid(Grid):
     def _train(self, messages: dict[str, Message]) -> list[Message]:
         assignments: dict[str, Assignment] = {}
         replies = []
-        for number, message in messages.items():
+        for number, asked in messages.items():
             try:
-                assignments[number] = assignment_from_records(message.content)
+                assignments[number] = assignment_from_records(asked.content)
             except PayloadError as error:
-                replies.append(self._reply(number, message, Error(0, str(error))))
+                replies.append(self._reply(number, asked, Error(0, str(error))))
         updates = self.client.train(list(assignments.values()))
         for number, update in zip(assignments, updates, strict=True):
             replies.append(self._reply(number, messages[number], update_to_records(update)))
         return replies
 
-    def _reply(self, number: str, message: Message, content: RecordDict | Error) -> Message:
-        asked = message.metadata
+    def _reply(self, number: str, request: Message, content: RecordDict | Error) -> Message:
+        asked = request.metadata
         metadata = Metadata(
             self._run_id, "", asked.dst_node_id, SERVER_NODE, number, asked.group_id, 0.0, asked.ttl, asked.message_type
         )
-        return _message(content, metadata)
-
-
-def _message(content: RecordDict | Error, metadata: Metadata) -> Message:
-    """A message with metadata of our own: Flower's constructor takes them, its type stubs do not say so."""
-    part = {"error": content} if isinstance(content, Error) else {"content": content}
-    message: Message = Message(**part, metadata=metadata)  # type: ignore[call-overload]
-    return message
+        return message(content, metadata)

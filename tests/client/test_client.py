@@ -29,6 +29,7 @@ from fedapt.protocols.records import (
     TRAIN,
     assignment_to_records,
     description_from_records,
+    message,
     update_from_records,
 )
 from fedapt.protocols.spec import RunSpec
@@ -97,10 +98,8 @@ def assignments_of(client: Client, nodes: Sequence[int], state: Flat, round_: in
 
 
 def sent(message_type: str, node: int, content: RecordDict) -> Message:
-    """A message as our grids build it: Message() alone would read Flower's process-global run id."""
-    metadata = Metadata(7, "1", 0, node, "", "", 0.0, 3600.0, message_type)
-    message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
-    return message
+    """A message as our grids build it."""
+    return message(content, Metadata(7, "1", 0, node, "", "", 0.0, 3600.0, message_type))
 
 
 def asked(client: Client, message_type: str, node: int, content: RecordDict) -> RecordDict:

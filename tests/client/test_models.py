@@ -32,13 +32,8 @@ from fedapt.kernels.cohort import Batched, fastest
 from fedapt.protocols.errors import ModelError
 from fedapt.protocols.spec import Local, RunSpec
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.1,
-}
+from .tiny import SIZES
+
 TEXT: dict[str, Any] = SIZES | {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
 KINDS = {
     "bert": ("sequence-classification", ["query", "value"]),

@@ -32,13 +32,8 @@ from fedapt.protocols.keys import derive
 from fedapt.protocols.layout import AdapterLayout
 from fedapt.protocols.spec import Local
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.1,
-}
+from .tiny import SIZES
+
 TEXT = SIZES | {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = TEXT | {"num_key_value_heads": 2}
 CLASSIFY, GENERATE = SequenceClassification(None, 16), CausalLanguageModel(None, 16)
