@@ -30,7 +30,7 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     def evaluate(message: Message, context: Context) -> Message:
         client = client_of(context)
         assignment = assignment_from_records(message.content)
-        client.load(assignment.payload)
+        client.load(assignment)
         metrics = client.evaluate(assignment.node).metrics(client.adapted.task)
         records = RecordDict(
             {

@@ -6,20 +6,21 @@ a whole round.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 from ..kernels.cohort import Forward, fastest
-from ..protocols.codecs import CODECS
-from ..protocols.downlink import whole_adapter
+from ..protocols.codecs import CODECS, codec_of
 from ..protocols.errors import DataError
 from ..protocols.keys import derive
-from ..protocols.recipes import recipe_of
+from ..protocols.layout import Flat
+from ..protocols.legality import rank_of, recipe_of
+from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
 from ..protocols.update import Assignment, Description, Update
 from .batches import plan_batches
 from .evaluation import Scores, score
-from .models import AdaptedModel
+from .feedback import Feedback, Rotations
+from .adapted import AdaptedModel
 from .tasks import Examples, Indices
 from .trainer import Member, Trained, Trainer
 
@@ -39,7 +40,9 @@ class Client:
         self.spec, self.adapted, self.sites = spec, adapted, sites
         self.recipe = recipe_of(spec)
         self.start = adapted.read()
-        self.trained = self.recipe.trained(adapted.layout)
+        self.shared = SharedAdapter(self.recipe, spec.recipe, adapted.layout, self.start)
+        self.trained = adapted.layout.select(self.recipe.trains)
+        self.feedback = self._feedback()
         self._forward: Forward | None = None
 
     def at(self, sites: Sites) -> "Client":
@@ -52,6 +55,8 @@ class Client:
         """This client and the start of its run, under another spec of the same recipe and model."""
         other = copy.copy(self)
         other.spec = spec
+        other.shared = replace(self.shared, settings=spec.recipe)
+        other.feedback = other._feedback()
         return other
 
     def nodes(self) -> list[int]:
@@ -72,31 +77,40 @@ class Client:
 
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
-        updates: list[Update] = []
-        for _, group in groupby(assignments, key=lambda a: (a.round, a.version, a.payload)):
-            cohort = list(group)
-            self.load(cohort[0].payload)
-            updates += self._train(cohort)
-        return updates
+        alike: dict[tuple[int, str, bytes], list[Assignment]] = {}
+        for assignment in assignments:
+            alike.setdefault((assignment.round, assignment.version, assignment.payload), []).append(assignment)
+        updates: dict[Assignment, Update] = {}
+        for cohort in alike.values():
+            state = self.load(cohort[0])
+            rotations = self.shared.rotations(state, cohort[0].round)
+            updates |= zip(cohort, self._train(cohort, rotations), strict=True)
+        return [updates[assignment] for assignment in assignments]
 
-    def load(self, payload: bytes) -> None:
-        """Put the global adapter that a payload stands for into the model."""
-        downlink = self.recipe.downlink(self.adapted.layout)
-        state = CODECS[self.spec.wire.downlink].decode(payload, downlink)
-        self.adapted.write(whole_adapter(self.recipe, self.adapted.layout, self.start, state))
+    def load(self, assignment: Assignment) -> Flat:
+        """Put the global adapter that an assignment's payload stands for into the model; returns the state received.
+
+        At a rank below the model's, the components beyond it are zero in A and in B: their gradients are zero too, so
+        training leaves them so, and the node trains exactly an adapter of its own rank.
+        """
+        own = self.shared.received(assignment.round, rank_of(self.spec, assignment.node))
+        received = CODECS[self.spec.wire.downlink].decode(assignment.payload, own)
+        state = self.shared.received(assignment.round).pad(received, own)
+        self.adapted.write(self.shared.whole(state, assignment.round))
+        return state
 
     def evaluate(self, node: int) -> Scores:
         """Scores of the adapter in the model on a node's own data. Raises DataError where it is not held here."""
         return score(self.adapted, self.sites.examples, self._own(node))
 
-    def _train(self, cohort: Sequence[Assignment]) -> list[Update]:
+    def _train(self, cohort: Sequence[Assignment], rotations: Rotations) -> list[Update]:
         """Assignments that start from the adapter which is in the model."""
         plans = [self._member(assignment) for assignment in cohort]
         busy = [plan for plan in plans if plan.batches]
         local = self.spec.local.in_round(cohort[0].round, self.spec.run.rounds)
-        results = iter(self._trainer(busy[0], local).train(self.sites.examples, busy) if busy else ())
+        results = iter(self._trainer(busy[0], local, cohort[0].round).train(self.sites.examples, busy) if busy else ())
         return [
-            self._update(assignment, next(results) if plan.batches else None)
+            self._update(assignment, next(results) if plan.batches else None, rotations)
             for assignment, plan in zip(cohort, plans, strict=True)
         ]
 
@@ -107,6 +121,10 @@ class Client:
         batches = plan_batches(lengths, self.spec.local, *key)
         return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]))
 
+    def _feedback(self) -> Feedback | None:
+        """What keeps a biased codec's leavings."""
+        return Feedback(self.trained) if self.spec.wire.codec == "top-k" else None
+
     def _own(self, node: int) -> Indices:
         if node not in self.sites.indices:
             raise DataError(
@@ -114,7 +132,7 @@ class Client:
             )
         return self.sites.indices[node]
 
-    def _trainer(self, first: Member, local: Local) -> Trainer:
+    def _trainer(self, first: Member, local: Local, round_: int) -> Trainer:
         """A trainer with the forward to use, which is chosen once on a few rows of real data: the first member's."""
         if self._forward is None:
             rows = first.batches[0][:2]
@@ -122,14 +140,20 @@ class Client:
             inputs = {key: value.to(self.adapted.device) for key, value in batch.inputs.items()}
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
-        return Trainer(self.adapted, self._forward, self.trained, local)
+        return Trainer(self.adapted, self._forward, self.shared.sent(round_), local)
 
-    def _update(self, assignment: Assignment, trained: Trained | None) -> Update:
+    def _update(self, assignment: Assignment, trained: Trained | None, rotations: Rotations) -> Update:
         node, round_ = assignment.node, assignment.round
         payload, metrics = b"", {}
         if trained is not None:
             key = derive(self.spec.run.seed, "rounding", round_, node)
-            payload = CODECS[self.spec.wire.codec].encode(trained.change, self.trained, key)
+            own = self.shared.sent(round_, rank_of(self.spec, node))
+            change = self.shared.sent(round_).cut(trained.change, own)
+            codec = codec_of(self.spec.wire)
+            if self.feedback is None:
+                payload = codec.encode(change, own, key)
+            else:
+                payload = self.feedback.encode(node, change, rotations, codec, key)
             metrics = {"loss": float(trained.losses.mean()), "steps": float(len(trained.losses))}
         return Update(
             run=assignment.run,

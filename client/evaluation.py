@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .models import AdaptedModel
+from .adapted import AdaptedModel
 from .tasks import Examples, Task
 
 EVALUATION_TOKENS = 8192

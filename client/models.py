@@ -5,16 +5,15 @@ is never run. Whatever the checkpoint does not hold (a new classifier) is drawn 
 like the factors; so all nodes start alike.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,69 +24,30 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ..kernels.lowrank import orthonormalize
 from ..protocols.errors import ModelError
 from ..protocols.keys import derive, generator
-from ..protocols.layout import AdapterLayout, Flat, Role, TensorSpec
-from ..protocols.recipes import initial_a
+from ..protocols.legality import initial_a, recipe_of
 from ..protocols.spec import RunSpec
+from .adapted import AdaptedModel, adapt, orthonormalize_factors
+from .adapters import (
+    TASK_TYPES,
+    draw_start,
+    first_line,
+    methods_of,
+    new_adapter,
+    quiet_projections,
+    refuse_untrainable,
+    train_own,
+)
+from .bottleneck import BottleneckConfig, insert
+from .frozen import add_frozen
 from .tasks import CausalLanguageModel, ImageClassification, SequenceClassification, Task
 
 CLASSES = {
-    "sequence-classification": (AutoModelForSequenceClassification, "SEQ_CLS"),
-    "causal-lm": (AutoModelForCausalLM, "CAUSAL_LM"),
-    "image-classification": (AutoModelForImageClassification, None),
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "image-classification": AutoModelForImageClassification,
 }
-HEADS = {"sequence-classification": ("classifier", "score"), "image-classification": ("classifier",), "causal-lm": ()}
-
-
-@dataclass
-class AdaptedModel:
-    """A peft model, its task, and its adapter as one flat vector.
-
-    `parameters` maps the layout's names (peft's own, as saved) to the model's parameters, in the layout's order.
-    """
-
-    model: PeftModel
-    task: Task
-    layout: AdapterLayout
-    parameters: dict[str, nn.Parameter]
-    parameter_names: dict[str, str]
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    def read(self) -> Flat:
-        """The adapter in the model, fp32, (layout.size,)."""
-        return self.layout.join({n: p.detach().float().cpu().numpy() for n, p in self.parameters.items()})
-
-    @torch.no_grad()
-    def write(self, flat: Flat) -> None:
-        """Put an adapter (fp32, (layout.size,)) into the model."""
-        for name, values in self.layout.split(flat).items():
-            self.parameters[name].copy_(torch.from_numpy(values))
-
-    def config(self) -> dict[str, Any]:
-        """What peft writes to adapter_config.json."""
-        config = self.model.peft_config[self.model.active_adapter].to_dict()
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        return {**plain, "inference_mode": True}
-
-    def base_digest(self) -> str:
-        """SHA-256 over names and values of the frozen parameters, whatever is adapted and however a head was drawn."""
-        digest = sha256()
-        own = set(self.parameter_names.values())
-        frozen = {
-            name.replace(".base_layer.", "."): parameter
-            for name, parameter in self.model.named_parameters()
-            if name not in own and ".original_module." not in name  # peft keeps a copy of each trained head
-        }
-        for name, parameter in sorted(frozen.items()):
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
 
 
 def load_model(spec: RunSpec) -> AdaptedModel:
@@ -95,7 +55,8 @@ def load_model(spec: RunSpec) -> AdaptedModel:
     folder = base_folder(spec.model.base)
     base, missing = _load_base(spec, folder)
     _draw_missing(base, missing, spec.run.seed)
-    model = _load_start(spec, base) if spec.adapter.start else _new_adapter(spec, base, missing)
+    model = _load_start(spec, base) if spec.adapter.start else new_adapter(spec, base, missing)
+    refuse_untrainable(spec, model)
     _fp32_heads(model)
     task = _load_task(spec, folder)
     if isinstance(task, SequenceClassification):
@@ -103,29 +64,10 @@ def load_model(spec: RunSpec) -> AdaptedModel:
         model.config.get_text_config().pad_token_id = task.pad
     adapted = adapt(model, task)
     if not spec.adapter.start:
-        _draw_factors(adapted, spec.run.seed)
+        draw_start(spec, model, adapted.parameters)
     if initial_a(spec) == "orthonormal":
         orthonormalize_factors(adapted)
-    return adapted
-
-
-def adapt(model: PeftModel, task: Task) -> AdaptedModel:
-    """Somebody's own peft model as an AdaptedModel: its trainable parameters are what is federated."""
-    adapter = model.active_adapter
-    parameters, names, tensors = {}, {}, []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        saved = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
-        role: Role = "A" if ".lora_A." in saved else "B" if ".lora_B." in saved else "other"
-        parameters[saved], names[saved] = parameter, name
-        tensors.append(TensorSpec(saved, tuple(parameter.shape), role if parameter.dim() == 2 else "other"))
-    if not tensors:
-        raise ModelError("the model has no trainable parameter: wrap it with peft.get_peft_model first")
-    layout = AdapterLayout(tensors)
-    model.eval()
-    order = [t.name for t in layout.tensors]
-    return AdaptedModel(model, task, layout, {n: parameters[n] for n in order}, {n: names[n] for n in order})
+    return add_frozen(adapted, recipe_of(spec), spec)
 
 
 def base_folder(base: str) -> str:
@@ -141,7 +83,7 @@ def base_folder(base: str) -> str:
 
 def _load_base(spec: RunSpec, folder: str) -> tuple[nn.Module, list[str]]:
     """The base in its precision, and the names of the parameters that its checkpoint lacks."""
-    auto, _ = CLASSES[spec.model.task]
+    auto = CLASSES[spec.model.task]
     extra: dict[str, Any] = {} if spec.model.labels is None else {"num_labels": spec.model.labels}
     if spec.model.precision == "bf16" and not torch.cuda.is_available():
         extra["attn_implementation"] = "eager"  # SDPA's bf16 backward on a CPU takes most of the step
@@ -170,47 +112,50 @@ def _explain(base: str, error: Exception) -> str:
     if Path(base).is_dir():
         missing = " It has no config.json." if not (Path(base) / "config.json").is_file() else ""
         return (
-            f'model.base = "{base}": this folder is no Hugging Face model of the task.{missing} ({_first_line(error)})'
+            f'model.base = "{base}": this folder is no Hugging Face model of the task.{missing} ({first_line(error)})'
         )
     if base.startswith((".", "/", "~")):
         return f'model.base = "{base}": no such folder.'
     return (
         f'model.base = "{base}": not a local folder, and it cannot be had from the hub (no network, or no such id). '
-        f"Download it once where there is a network and name its folder here. ({_first_line(error)})"
+        f"Download it once where there is a network and name its folder here. ({first_line(error)})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-def _new_adapter(spec: RunSpec, base: nn.Module, missing: Iterable[str]) -> PeftModel:
-    kept = {name for name in HEADS[spec.model.task] if name in dict(base.named_modules())}
-    modules = {name.rpartition(".")[0] for name in missing}
-    drawn = {module for module in modules if module.split(".")[0] not in kept}
-    targets = spec.adapter.targets
-    config = LoraConfig(
-        task_type=CLASSES[spec.model.task][1],
-        r=spec.adapter.rank,
-        lora_alpha=spec.adapter.alpha,
-        lora_dropout=spec.adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=sorted(kept | drawn) or None,
-    )
-    try:
-        return get_peft_model(base, config)
-    except ValueError as error:
-        raise ModelError(f"adapter.targets = {spec.adapter.targets!r}: {_first_line(error)}") from error
 
 
 def _load_start(spec: RunSpec, base: nn.Module) -> PeftModel:
+    """The adapter in `adapter.start` on the base; it, and not the spec, says what rank it has and what it targets."""
     start = str(spec.adapter.start)
-    if not (Path(start) / "adapter_config.json").is_file():
-        raise ModelError(f'adapter.start = "{start}": no adapter folder (it has no adapter_config.json).')
     try:
-        return PeftModel.from_pretrained(base, start, is_trainable=True)
+        config = json.loads(Path(start, "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f'adapter.start = "{start}": no adapter folder (it has no adapter_config.json).') from None
+    methods = methods_of(config)
+    if methods and spec.adapter.method not in methods:
+        raise ModelError(
+            f'adapter.start = "{start}": its kind is not "{spec.adapter.method}". Set adapter.method = "{methods[0]}".'
+        )
+    try:
+        model = _on_base(base, Path(start), config, trainable=True)
     except Exception as error:
-        raise ModelError(f'adapter.start = "{start}": does not fit this base ({_first_line(error)})') from error
+        raise ModelError(f'adapter.start = "{start}": does not fit this base ({first_line(error)})') from error
+    train_own(model, spec.adapter.method)
+    return model
+
+
+def _on_base(base: nn.Module, folder: Path, config: Mapping[str, Any], trainable: bool = False) -> PeftModel:
+    """The adapter of a folder on its base. Raises what `peft` and torch raise where they do not fit."""
+    if config.get("peft_type") != "BOTTLENECK":
+        trainable = trainable and config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING")  # peft refuses it
+        with quiet_projections():
+            return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    keys = ("task_type", "modules_to_save", "width", "after")
+    own = BottleneckConfig(**{key: config[key] for key in keys})
+    insert(base, own.after, own.width)
+    model = get_peft_model(base, own)
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if result.unexpected_keys:
+        raise ValueError(f"the base has no {result.unexpected_keys[0]}")
+    return model.eval()
 
 
 def _load_task(spec: RunSpec, folder: str) -> Task:
@@ -220,7 +165,7 @@ def _load_task(spec: RunSpec, folder: str) -> Task:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
-            f'model.base = "{spec.model.base}": no tokenizer or processor ({_first_line(error)})'
+            f'model.base = "{spec.model.base}": no tokenizer or processor ({first_line(error)})'
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty tokenizer of a folder that holds none
@@ -259,29 +204,6 @@ def _to_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def _draw_factors(adapted: AdaptedModel, seed: int) -> None:
-    """peft's own initial values, keyed: A uniform in ±1/√in (Kaiming with a = √5), B zero."""
-    flat = adapted.read()
-    tensors = adapted.layout.split(flat)
-    for pair in adapted.layout.pairs:
-        bound = pair.a.shape[1] ** -0.5
-        tensors[pair.a.name][...] = generator(derive(seed, "A", pair.module)).uniform(-bound, bound, pair.a.shape)
-        tensors[pair.b.name][...] = 0.0
-    adapted.write(flat)
-
-
-def orthonormalize_factors(adapted: AdaptedModel) -> None:
-    """The same adapter with orthonormal rows in every A."""
-    flat = adapted.read()
-    tensors = adapted.layout.split(flat)
-    for pair in adapted.layout.pairs:
-        if pair.rank > pair.a.shape[1]:
-            raise ModelError(f"adapter.rank = {pair.rank}: {pair.module} has only {pair.a.shape[1]} inputs.")
-        b, a = orthonormalize(tensors[pair.b.name], tensors[pair.a.name])
-        tensors[pair.b.name][...], tensors[pair.a.name][...] = b.astype(np.float32), a.astype(np.float32)
-    adapted.write(flat)
-
-
 def load_adapted_folder(
     folder: Path, base: str, config: Mapping[str, Any], labels: int | None
 ) -> tuple[PeftModel, Any]:
@@ -289,15 +211,15 @@ def load_adapted_folder(
 
     `config` is the adapter's own; `labels` the classes of its head. Raises ModelError.
     """
-    kinds = {kind: auto for auto, kind in CLASSES.values() if kind}
-    auto = kinds.get(str(config.get("task_type")), AutoModelForImageClassification)
+    tasks = {kind: task for task, kind in TASK_TYPES.items()}
+    auto = CLASSES[tasks.get(config.get("task_type"), "image-classification")]
     sizes: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     try:
         model = auto.from_pretrained(base, trust_remote_code=False, use_safetensors=True, **sizes)
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = _on_base(model, folder, config)
     except Exception as error:
         raise ModelError(
-            f'{folder}: its base "{base}" cannot take it ({_first_line(error)}); name it with --base'
+            f'{folder}: its base "{base}" cannot take it ({first_line(error)}); name it with --base'
         ) from error
     for loader in (AutoTokenizer, AutoImageProcessor):
         try:

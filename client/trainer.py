@@ -17,7 +17,7 @@ from ..kernels.cohort import Dropout, Forward, Looped, Stack, members
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.spec import Local
-from .models import AdaptedModel
+from .adapted import AdaptedModel
 from .tasks import Examples, Indices, member_losses
 
 COHORT_TOKENS = 4096

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from .client.adapted import adapt, orthonormalize_factors
 from .client.client import Client, Sites
-from .client.models import adapt, orthonormalize_factors
+from .client.frozen import add_frozen
 from .client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification, Task
 from .progress import Silent, Watch
 from .protocols.errors import DataError, ModelError
-from .protocols.recipes import initial_a, recipe_of
+from .protocols.legality import initial_a, recipe_of
 from .protocols.spec import RunSpec
 from .server.store import MemoryStore
 from .sim.federation import Federation
@@ -66,10 +67,11 @@ def simulate(
 
 
 def _federation(spec: RunSpec, model: Any, clients: Sequence[Items], evaluation: Items | None) -> Federation:
-    recipe_of(spec)
+    recipe = recipe_of(spec)
     adapted = adapt(model, _padding_task(spec.model.task, model))
     if initial_a(spec) == "orthonormal":
         orthonormalize_factors(adapted)
+    adapted = add_frozen(adapted, recipe, spec)
     parts = [_encoded(items, spec.model.task, f"clients[{i}]") for i, items in enumerate(clients)]
     bounds = np.cumsum([0, *map(len, parts)])
     examples = Examples(

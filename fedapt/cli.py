@@ -30,8 +30,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-adapters = typer.Typer(no_args_is_help=True, help="Look at an adapter folder, or merge it into its base.")
+adapters = typer.Typer(
+    no_args_is_help=True, help="Look at an adapter folder, merge several, or merge one into its base."
+)
 app.add_typer(adapters, name="adapter")
+runs = typer.Typer(no_args_is_help=True, help="Look at runs that have been made.")
+app.add_typer(runs, name="runs")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's spec (TOML); `fedapt init` writes one.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key; repeatable.")]
@@ -202,6 +206,28 @@ def adapter_show(
     _emit(facts, as_json, describe_text(facts))
 
 
+@adapters.command(
+    "merge", epilog="Example: fedapt adapter merge runs/a/adapter runs/b/adapter --out both --weights 1,2 --rank 16"
+)
+def adapter_merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="LoRA folders in peft's format.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The folder to write: an adapter of the same base.")],
+    method: Annotated[str, typer.Option(help="mean, soup (equal weights), ties, breadcrumbs or pcb.")] = "mean",
+    weights: Annotated[str | None, typer.Option(metavar="W,W", help="One for each adapter; equal if left out.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result; the inputs' largest if left out.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that ties, breadcrumbs, pcb keep.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the change; breadcrumbs adds adapters up, so try 1/K.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Merge LoRA adapters of one base into one: their products B·A, not their factors. Reports what the rank loses."""
+    from .merging import merge_adapters, merged_text, parse_weights
+
+    numbers = parse_weights(weights)
+    facts = merge_adapters(folders, out, method, weights=numbers, rank=rank, density=density, scale=scale)
+    _emit(facts, as_json, merged_text(facts))
+
+
 @adapters.command("export", epilog="Example: fedapt adapter export runs/first/adapter merged")
 def adapter_export(
     folder: Annotated[Path, typer.Argument(help="A folder in peft's format.")],
@@ -213,6 +239,23 @@ def adapter_export(
 
     merge_into_base(folder, target, base)
     print(f"{target} written: load it with transformers' from_pretrained; no peft is needed.")
+
+
+@runs.command("compare", epilog="Example: fedapt runs compare runs/fedsvd runs/fedit --out comparison.html")
+def runs_compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that simulate --out has written.")],
+    out: Annotated[Path, typer.Option(help="The page to write: table and plot, self-contained.")] = Path(
+        "comparison.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Runs of one task side by side: what each reached, its bytes and its aggregation error, and a plot of the two."""
+    from .comparing import compare
+    from .outputs import write_text
+
+    found = compare(folders)
+    write_text(out, found.html())
+    _emit(found.as_dict() | {"page": str(out)}, as_json, f"{found.text()}\n{out} written.")
 
 
 def _watching(as_json: bool) -> Any:

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 import tomli_w
 
-from .protocols.errors import OutputError
+from .protocols.errors import DataError, OutputError
 from .protocols.spec import RunSpec
+
+SPEC, METRICS = "spec.toml", "metrics.jsonl"
 
 
 def spec_toml(spec: RunSpec) -> str:
@@ -30,6 +32,31 @@ def write_text(path: Path, text: str) -> None:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}); name a folder that can be."
         ) from error
+
+
+def read_run(folder: Path) -> tuple[RunSpec, list[dict[str, Any]]]:
+    """The spec and the rows of a run that lies in a folder. Raises DataError or SpecError where it holds none."""
+    for name in (SPEC, METRICS):
+        if not (folder / name).is_file():
+            what = f"it has no {name}" if folder.is_dir() else "no such folder"
+            raise DataError(f"{folder}: {what}; name a folder that `fedapt simulate --out` has written")
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / METRICS}: cannot be read ({error})") from error
+    return RunSpec.load(folder / SPEC), [_row(folder, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _row(folder: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+        raise DataError(
+            f"{folder / METRICS}: line {number} is no round of a run; `fedapt simulate` with this --out repairs it"
+        )
+    return row
 
 
 class RunFolder:
@@ -60,14 +87,14 @@ class RunFolder:
 
     def begin(self, spec: RunSpec, rows: Sequence[Mapping[str, Any]]) -> Self:
         """Write the spec and the rows that a resumed run already has."""
-        write_text(self.path / "spec.toml", spec_toml(spec))
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path / SPEC, spec_toml(spec))
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         return self
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one round's line to metrics.jsonl."""
         try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from error

@@ -1,13 +1,17 @@
 """What a run will cost, before it runs: bytes, parameters, memory. The bytes are those the run will count, exactly."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .client.models import AdaptedModel, load_model
+from .client.adapted import AdaptedModel
+from .client.models import load_model
 from .client.sources import load_tables
 from .client.trainer import COHORT_TOKENS
-from .protocols.codecs import CODECS
-from .protocols.recipes import recipe_of
+from .protocols.codecs import CODECS, codec_of
+from .protocols.legality import rank_of, recipe_of
+from .protocols.shared import SharedAdapter
 from .protocols.spec import RunSpec
 from .server.participation import cohort_size
 from .sim.partition import partition
@@ -18,8 +22,8 @@ ACTIVATIONS_PER_TOKEN = 34
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run. Bytes are payloads, as the run counts them; `exact_total` is False under Poisson sampling,
-    where the totals are expectations. Memory is in bytes; activations are an estimate."""
+    """Figures of a run. Bytes are payloads, as the run counts them, those per node a mean over rounds and nodes;
+    `exact_total` is False where chance decides who takes part and that changes the totals: then they are expectations. Memory is in bytes; activations are an estimate."""
 
     recipe: str
     exact: bool
@@ -47,42 +51,56 @@ class Plan:
 def plan(spec: RunSpec) -> Plan:
     """The plan of a spec. Loads model and data, trains nothing. Raises what a run of it would raise."""
     recipe = recipe_of(spec)
-    nodes, empty = _nodes(spec)
+    clients, empty = _clients(spec)
     adapted = load_model(spec)
-    down = CODECS[spec.wire.downlink].size(recipe.downlink(adapted.layout))
-    up = CODECS[spec.wire.codec].size(recipe.trained(adapted.layout))
-    drawn = cohort_size(nodes, spec.participation)
-    sent = recipe.trained(adapted.layout).size
+    shared = SharedAdapter(recipe, spec.recipe, adapted.layout, adapted.read())
+    drawn = cohort_size(len(clients), spec.participation)
+    down, up = _traffic(spec, shared, clients)
+    sent = shared.sent(1).size
     weights = sum(p.numel() * p.element_size() for p in adapted.model.parameters())
+    own = adapted.layout.select(recipe.trains).size
+    mixed = len({rank_of(spec, client) for client in clients}) > 1
     return Plan(
         recipe=recipe.name,
         exact=recipe.exact,
-        nodes=nodes,
+        nodes=len(clients),
         empty=empty,
         nodes_a_round=drawn,
         rounds=spec.run.rounds,
-        trainable=adapted.layout.size,
+        trainable=own,
         sent=sent,
         parameters=sum(p.numel() for p in adapted.model.parameters()),
-        down_per_node=down,
-        up_per_node=up,
-        down_total=down * drawn * spec.run.rounds,
-        up_total=up * drawn * spec.run.rounds,
-        exact_total=spec.participation.sampling != "poisson" and spec.run.patience == 0,
+        down_per_node=round(down / spec.run.rounds / len(clients)),
+        up_per_node=round(up / spec.run.rounds / len(clients)),
+        down_total=round(down * drawn / len(clients)),
+        up_total=round(up * drawn / len(clients)),
+        exact_total=spec.run.patience == 0
+        and (spec.participation.sampling == "all" or (spec.participation.sampling == "fixed" and not mixed)),
         memory_weights=weights,
         memory_adapters=_chunk(spec) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
         memory_activations=_activations(spec, adapted),
     )
 
 
-def _nodes(spec: RunSpec) -> tuple[int, int]:
-    """Clients with data, and clients without."""
+def _traffic(spec: RunSpec, shared: SharedAdapter, clients: Sequence[int]) -> tuple[int, int]:
+    """Bytes down and up over the whole run if every client took part in every round."""
+    down, up = CODECS[spec.wire.downlink], codec_of(spec.wire)
+    ranks = Counter(rank_of(spec, client) for client in clients)
+    rounds = range(1, spec.run.rounds + 1)
+    return (
+        sum(count * down.size(shared.received(round_, rank)) for round_ in rounds for rank, count in ranks.items()),
+        sum(count * up.size(shared.sent(round_, rank)) for round_ in rounds for rank, count in ranks.items()),
+    )
+
+
+def _clients(spec: RunSpec) -> tuple[list[int], int]:
+    """The numbers of the clients with data, and how many have none. Without data, one client."""
     if spec.data is None:
-        return 1, 0
+        return [0], 0
     tables = load_tables(spec.data, spec.model, spec.run.seed)
     rows = partition(tables.train, spec.data.partition, spec.run.seed).rows
-    busy = sum(len(own) > 0 for own in rows)
-    return busy, len(rows) - busy
+    busy = [number for number, own in enumerate(rows) if len(own) > 0]
+    return busy, len(rows) - len(busy)
 
 
 def _chunk(spec: RunSpec) -> int:

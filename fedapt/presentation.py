@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .protocols.recipes import RECIPES, recipe_named
+from .protocols.recipes import RECIPES, Recipe, recipe_named
 from .svg import size
 
 if TYPE_CHECKING:
@@ -86,12 +86,22 @@ def recipe_rows(name: str | None) -> list[dict[str, Any]]:
             "averages": recipe.averages,
             "exact": recipe.exact,
             "linear": recipe.linear,
-            "downlink": "B, head and an r×r rotation of A" if recipe.refactorizes else "what is sent",
+            "residual": recipe.residual,
+            "downlink": _downlink(recipe),
+            "mixed_ranks": recipe.mixes_ranks,
             "server_optimizers": list(recipe.server_optimizers),
             "privacy_units": list(recipe.units),
         }
         for recipe in (RECIPES.values() if name is None else [recipe_named(name)])
     ]
+
+
+def _downlink(recipe: Recipe) -> str:
+    if recipe.refactorizes:
+        return "B, head and an r×r rotation of A"
+    if recipe.refreshes:
+        return "B, head and the B's of earlier starts"
+    return "A, B, head" + " and the frozen factors" * recipe.has_frozen if "A" in recipe.trains else "B, head"
 
 
 def recipe_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -57,12 +57,17 @@ class Report:
 
     def html(self) -> str:
         """The whole page."""
-        metric = _metric(self.curves)
+        metric = metric_of(self.curves[:1])
         rows = self.curves[0].rows if self.curves else ()
         parts = [_header(self, rows, metric), _comparison(self.curves, metric), _charts(self, metric)]
         parts += [_rounds(rows, metric, self.best_round), _spec(self.spec)]
-        page = Template(resources.files("fedapt").joinpath("report.html").read_text(encoding="utf-8"))
-        return page.substitute(title=html.escape(self.title), body="\n".join(part for part in parts if part))
+        return page(self.title, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A self-contained page of these parts, which are HTML; empty ones are left out."""
+    frame = Template(resources.files("fedapt").joinpath("report.html").read_text(encoding="utf-8"))
+    return frame.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))
 
 
 def write(report: Report, path: Path) -> None:
@@ -71,8 +76,8 @@ def write(report: Report, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Metric:
-    """What the evaluation is judged by; `scale` turns a stored value into the one that is drawn."""
+class Metric:
+    """What the evaluation is judged by (`metric_of`); `scale` turns a stored value into the one that is drawn."""
 
     key: str
     name: str
@@ -82,33 +87,37 @@ class _Metric:
         return f"{value:.1f} %" if self.key == "accuracy" else measured(value)
 
     def of(self, row: Row) -> float | None:
-        value = _read(row, "evaluation", self.key)
+        value = read(row, "evaluation", self.key)
         return None if value is None else value * self.scale
 
     def axis(self, lines: Sequence[Line]) -> Axis:
         return Axis(self.name, log=self.key != "accuracy" and _is_log([v for line in lines for _, v in line.points]))
 
 
-_LOSS = _Metric("loss", "loss")
-_METRICS = (_Metric("accuracy", "accuracy, %", 100.0), _Metric("perplexity", "perplexity"), _LOSS)
+_LOSS = Metric("loss", "loss")
+_METRICS = (Metric("accuracy", "accuracy, %", 100.0), Metric("perplexity", "perplexity"), _LOSS)
 
 
-def _metric(curves: Sequence[Curve]) -> _Metric:
-    """The first that the run itself has."""
-    return next((m for m in _METRICS if curves and any(m.of(row) is not None for row in curves[0].rows)), _LOSS)
+def metric_of(curves: Sequence[Curve]) -> Metric:
+    """The first that all of them have; the loss, if there is none."""
+
+    def everywhere(metric: Metric) -> bool:
+        return all(any(metric.of(row) is not None for row in curve.rows) for curve in curves)
+
+    return next((metric for metric in _METRICS if curves and everywhere(metric)), _LOSS)
 
 
 def _points(curve: Curve, of: Reader) -> list[tuple[float, float]]:
     """(round, value) of every row that has both."""
-    pairs = ((_read(row, "round"), of(row)) for row in curve.rows)
+    pairs = ((read(row, "round"), of(row)) for row in curve.rows)
     return [(r, v) for r, v in pairs if r is not None and v is not None]
 
 
-def _seconds(rows: Sequence[Row]) -> list[float]:
-    return [s for row in rows if (s := _read(row, "seconds")) is not None]
+def seconds_of(rows: Sequence[Row]) -> list[float]:
+    return [s for row in rows if (s := read(row, "seconds")) is not None]
 
 
-def _read(row: Row, *keys: str) -> float | None:
+def read(row: Row, *keys: str) -> float | None:
     """The number at a path of keys; None where there is none, or one that no axis could hold."""
     value: Any = row
     for key in keys:
@@ -134,12 +143,12 @@ def _not_finite(row: Row) -> int:
     return inner + sum(isinstance(value, float) and _finite(value) is None for value in row.values())
 
 
-def _bytes(curve: Curve, *keys: str) -> list[float]:
+def bytes_moved(curve: Curve, *keys: str) -> list[float]:
     """Bytes moved so far, at each row."""
-    return list(accumulate(sum(max(_read(row, key) or 0.0, 0.0) for key in keys) for row in curve.rows))
+    return list(accumulate(sum(max(read(row, key) or 0.0, 0.0) for key in keys) for row in curve.rows))
 
 
-def _header(report: Report, rows: Sequence[Row], metric: _Metric) -> str:
+def _header(report: Report, rows: Sequence[Row], metric: Metric) -> str:
     stats = "".join(
         f'<div><dt>{name}</dt><dd class="figure {tone}">{figure}</dd><dd class="detail">{detail}</dd></div>'
         for name, figure, detail, tone in _stats(report, rows, metric)
@@ -148,8 +157,7 @@ def _header(report: Report, rows: Sequence[Row], metric: _Metric) -> str:
         f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
         for label, value in report.facts.items()
     )
-    parts = [f'<header>\n<p class="over">Federated fine-tuning run</p>\n<h1>{html.escape(report.title)}</h1>']
-    parts += [f'<p class="remark">{html.escape(report.note)}</p>'] if report.note else []
+    parts = ["<header>", heading("Federated fine-tuning run", report.title, report.note)]
     lost = sum(_not_finite(row) for curve in report.curves for row in curve.rows)
     warning = f"{lost:,} of the numbers measured are not finite; they are left out of everything below."
     parts += [f'<p class="remark warning">{warning}</p>'] if lost else []
@@ -158,7 +166,13 @@ def _header(report: Report, rows: Sequence[Row], metric: _Metric) -> str:
     return "\n".join([*parts, "</header>"])
 
 
-def _stats(report: Report, rows: Sequence[Row], metric: _Metric) -> list[tuple[str, str, str, str]]:
+def heading(over: str, title: str, note: str = "") -> str:
+    """The top of a page; any text."""
+    remark = f'\n<p class="remark">{html.escape(note)}</p>' if note else ""
+    return f'<p class="over">{html.escape(over)}</p>\n<h1>{html.escape(title)}</h1>{remark}'
+
+
+def _stats(report: Report, rows: Sequence[Row], metric: Metric) -> list[tuple[str, str, str, str]]:
     """(name, big number, small print, class) of each number at the top."""
     stats = []
     points = _points(report.curves[0], metric.of) if report.curves else []
@@ -168,17 +182,17 @@ def _stats(report: Report, rows: Sequence[Row], metric: _Metric) -> list[tuple[s
         stats.append((f"Final {metric.key}", metric.show(final), f"round {count(last)}{best}", ""))
     if len(points) > 1 and points[0][0] == 0:
         stats.append(_change(points[0][1], points[-1][1], metric))
-    down, up = (_bytes(report.curves[0], key)[-1] if rows else 0.0 for key in ("bytes_down", "bytes_up"))
+    down, up = (bytes_moved(report.curves[0], key)[-1] if rows else 0.0 for key in ("bytes_down", "bytes_up"))
     if down + up > 0:
         stats.append(("Bytes moved", size(down + up), f"{size(down)} down, {size(up)} up", ""))
-    seconds = _seconds(rows)
+    seconds = seconds_of(rows)
     if seconds:
         each = f"{len(seconds):,} rounds, median {duration(median(seconds))}" if len(seconds) > 1 else "1 round"
         stats.append(("Time", duration(sum(seconds)), each, ""))
     return stats
 
 
-def _change(start: float, final: float, metric: _Metric) -> tuple[str, str, str, str]:
+def _change(start: float, final: float, metric: Metric) -> tuple[str, str, str, str]:
     if metric.key == "accuracy":
         change, figure = final - start, f"{final - start:+.1f} points"
     else:
@@ -189,14 +203,14 @@ def _change(start: float, final: float, metric: _Metric) -> tuple[str, str, str,
     return "Change in the run", figure.replace("-", "−"), f"{word}: {metric.show(start)} at the start", tone
 
 
-def _comparison(curves: Sequence[Curve], metric: _Metric) -> str:
+def _comparison(curves: Sequence[Curve], metric: Metric) -> str:
     """One line for each curve, where there are several."""
     if len(curves) < 2:
         return ""
     body = []
     for i, curve in enumerate(curves):
-        moved = (_bytes(curve, "bytes_down", "bytes_up") or [0.0])[-1]
-        seconds = _seconds(curve.rows)
+        moved = (bytes_moved(curve, "bytes_down", "bytes_up") or [0.0])[-1]
+        seconds = seconds_of(curve.rows)
         points, losses = _points(curve, metric.of), _points(curve, _LOSS.of)
         cells = [
             metric.show(points[-1][1]) if points else "–",
@@ -205,14 +219,13 @@ def _comparison(curves: Sequence[Curve], metric: _Metric) -> str:
             size(moved) if moved else "–",
             duration(sum(seconds)) if seconds else "–",
         ]
-        name = f'<span class="key {colour(i)}"></span>{html.escape(curve.label)}'
-        body.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in [name, *cells])}</tr>")
+        body.append(table_row(i, curve.label, cells))
     loss = [] if metric is _LOSS else ["Final loss"]
     titles = ["", f"Final {metric.key}", *loss, "In round", "Bytes moved", "Time"]
-    return f'<section id="comparison">\n<h2>Comparison</h2>\n{_table(titles, body)}\n</section>'
+    return f'<section id="comparison">\n<h2>Comparison</h2>\n{table(titles, body)}\n</section>'
 
 
-def _rounds(rows: Sequence[Row], metric: _Metric, best: int | None) -> str:
+def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
     """A line for each round; a column appears where at least one round fills it."""
     if not rows:
         return ""
@@ -227,20 +240,26 @@ def _rounds(rows: Sequence[Row], metric: _Metric, best: int | None) -> str:
         ("Up", ("bytes_up",), size),
         ("Time", ("seconds",), duration),
     ]
-    columns = [c for c in columns if any(_read(row, *c[1]) is not None for row in rows)]
+    columns = [c for c in columns if any(read(row, *c[1]) is not None for row in rows)]
     body = []
     for row in rows:
-        values = [(_read(row, *keys), text) for _, keys, text in columns]
+        values = [(read(row, *keys), text) for _, keys, text in columns]
         cells = "".join(f"<td>{'–' if value is None else text(value)}</td>" for value, text in values)
-        marked = best is not None and _read(row, "round") == best
+        marked = best is not None and read(row, "round") == best
         body.append(f'<tr class="marked">{cells}</tr>' if marked else f"<tr>{cells}</tr>")
-    table = _table([title for title, _, _ in columns], body)
+    lines = table([title for title, _, _ in columns], body)
     if len(rows) <= MOST_OPEN_ROWS:
-        return f'<section id="rounds">\n<h2>Rounds</h2>\n{table}\n</section>'
-    return f'<details id="rounds">\n<summary>All {len(rows):,} lines of metrics</summary>\n{table}\n</details>'
+        return f'<section id="rounds">\n<h2>Rounds</h2>\n{lines}\n</section>'
+    return f'<details id="rounds">\n<summary>All {len(rows):,} lines of metrics</summary>\n{lines}\n</details>'
 
 
-def _table(titles: Sequence[str], body: Sequence[str]) -> str:
+def table_row(index: int, label: str, cells: Sequence[str]) -> str:
+    """The line of a curve: its label (any text) with its colour, and cells that are HTML."""
+    name = f'<span class="key {colour(index)}"></span>{html.escape(label)}'
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in [name, *cells])}</tr>"
+
+
+def table(titles: Sequence[str], body: Sequence[str]) -> str:
     head = "".join(f"<th>{title}</th>" for title in titles)
     lines = "\n".join(body)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
@@ -252,9 +271,9 @@ def _spec(spec: str) -> str:
     return f'<details id="spec">\n<summary>The spec as run</summary>\n<pre>{html.escape(spec)}</pre>\n</details>'
 
 
-def _charts(report: Report, metric: _Metric) -> str:
+def _charts(report: Report, metric: Metric) -> str:
     curves = report.curves
-    figures = [_loss(curves, report.best_round), _score(curves, metric), _traffic(curves, metric), _training(curves)]
+    figures = [_loss(curves, report.best_round), _score(curves, metric), traffic(curves, metric), _training(curves)]
     figures += [_exactness(curves), _clients(report.clients)]
     drawn = [figure for figure in figures if figure]
     if not drawn:
@@ -289,7 +308,7 @@ def _loss(curves: Sequence[Curve], best: int | None) -> str:
     return _figure("loss", "Evaluation loss", chart, caption)
 
 
-def _score(curves: Sequence[Curve], metric: _Metric) -> str:
+def _score(curves: Sequence[Curve], metric: Metric) -> str:
     lines = _lines(curves, metric.of)
     if not lines or metric is _LOSS:
         return ""
@@ -302,9 +321,9 @@ def _score(curves: Sequence[Curve], metric: _Metric) -> str:
     return _figure("metric", metric.key.capitalize(), chart, caption)
 
 
-def _traffic(curves: Sequence[Curve], metric: _Metric) -> str:
+def traffic(curves: Sequence[Curve], metric: Metric) -> str:
     """The metric against the bytes moved; a curve that moved none is a dashed line at its final value."""
-    moved = [_bytes(curve, "bytes_down", "bytes_up") for curve in curves]
+    moved = [bytes_moved(curve, "bytes_down", "bytes_up") for curve in curves]
     most = max((sums[-1] for sums in moved if sums), default=0.0)
     if most == 0:
         return ""
@@ -319,17 +338,17 @@ def _traffic(curves: Sequence[Curve], metric: _Metric) -> str:
     if all(line.dashed for line in lines):
         return ""
     chart = line_chart(lines, x=Axis(f"{name} moved", zero=True), y=metric.axis(lines))
-    caption = "The same evaluation against all bytes sent and received so far: further left is cheaper."
+    caption = "The evaluation against all bytes sent and received so far: further left is cheaper."
     if any(line.dashed for line in lines):
         caption += " A dashed line is the final value of a comparison that moves no bytes."
     return _figure("traffic", f"{metric.key.capitalize()} for its traffic", chart, caption)
 
 
 def _training(curves: Sequence[Curve]) -> str:
-    lines = _lines(curves, lambda row: _read(row, "train_loss"))
+    lines = _lines(curves, lambda row: read(row, "train_loss"))
     if not lines:
         return ""
-    spread = [[_read(row, key) for key in ("round", "train_loss_p10", "train_loss_p90")] for row in curves[0].rows]
+    spread = [[read(row, key) for key in ("round", "train_loss_p10", "train_loss_p90")] for row in curves[0].rows]
     band = [(r, low, high) for r, low, high in spread if r is not None and low is not None and high is not None]
     caption = "Mean training loss over the clients of a round."
     if len(band) > 1 and lines[0].colour == 0:
@@ -341,7 +360,7 @@ def _training(curves: Sequence[Curve]) -> str:
 
 
 def _exactness(curves: Sequence[Curve]) -> str:
-    found = _lines(curves, lambda row: _read(row, "aggregation_error"))
+    found = _lines(curves, lambda row: read(row, "aggregation_error"))
     lines = [replace(line, points=p) for line in found if (p := [(r, v) for r, v in line.points if v > 0])]
     if not lines:
         return ""

@@ -12,12 +12,12 @@ from .outputs import RunFolder, spec_toml
 from .progress import Silent, Watch
 from .protocols.keys import derive, generator
 from .protocols.layout import Flat
-from .protocols.recipes import recipe_of
+from .protocols.legality import recipe_of
 from .protocols.spec import RunSpec
 from .protocols.update import Description
 from .report import ClientScore, Curve, Report, write
 from .server.coordinator import Coordinator, Evaluate, Progress, best_round
-from .server.export import save_adapter
+from .server.export import one_adapter, save_adapter
 from .server.store import MemoryStore, Row, SqliteStore, Store
 from .sim.federation import Federation, build
 from .sim.grid import LocalGrid
@@ -62,7 +62,7 @@ class Result:
     @property
     def adapter(self) -> dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]:
         """The best round's adapter (the last's, without evaluation): tensors under peft's names."""
-        return self.outcome.description.layout.split(self.outcome.adapter)
+        return one_adapter(self.outcome.description, self.outcome.adapter)[0]
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter as a folder that `peft.PeftModel.from_pretrained` loads."""

@@ -1,6 +1,7 @@
 """The spec that `fedapt init` writes: it runs as it is, offline, and says what each key is for."""
 
-from .protocols.recipes import RECIPES, recipe_of
+from .protocols.legality import recipe_of
+from .protocols.recipes import RECIPES
 from .protocols.spec import RunSpec
 
 STARTER = """\
@@ -20,14 +21,20 @@ max_length = 128                # tokens
 precision = "fp32"              # of the frozen base: fp32 | bf16; adapters are always fp32
 
 [adapter]
+method = "lora"                 # with recipe "fedit" also dora | adalora | vera | ia3 | prompt | prefix | bottleneck |
+                                # bias | head | full
+# virtual_tokens = 16           # of a prompt or a prefix
+# bottleneck = 16               # inner width of a bottleneck
 rank = 8
 alpha = 16                      # the product is scaled by alpha / rank
 targets = "all-linear"          # or names of modules: ["query", "value"]
+# ranks = [2, 4, 8]             # what sites can afford; for recipes that mix ranks
 # start = "runs/before/adapter" # begin from an adapter that is there already
 
 [recipe]
 name = "{recipe}"{pad}# {summary}
 # optimizer = "nesterov"        # of the server: {optimizers}
+# aggregator = "mean"           # or against bad nodes: geometric-median | krum | multi-krum | clip | median | …
 
 [local]
 optimizer = "adamw"             # adamw | sgd
@@ -40,7 +47,8 @@ sampling = "fixed"              # all | fixed | poisson
 rate = 0.05                     # share of the nodes in a round
 
 [wire]
-codec = "int8"                  # of updates: fp32 | bf16 | int8
+codec = "int8"                  # of updates: fp32 | bf16 | int8 | fp4 | top-k | seed-projection
+# density = 0.1                 # the share of the values that top-k sends
 
 [data]
 source = "builtin:stdlib"       # .jsonl, .csv, .parquet, a hub dataset, builtin:stdlib, builtin:digits

@@ -11,6 +11,7 @@ Three forwards with one signature; each is slower than the one before, and none 
     Looped     one member after another: the plain reference
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -103,7 +104,10 @@ class Vmapped:
             return logits
 
         per_member = {key: value.view(count, -1, *value.shape[1:]) for key, value in inputs.items()}
-        logits: Tensor = torch.vmap(one)(stack, per_member)
+        with warnings.catch_warnings():
+            # Some operations have no rule for vmap, which then loops over them alone: slower, and right.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            logits: Tensor = torch.vmap(one)(stack, per_member)
         return _wide(logits.flatten(0, 1))
 
 
@@ -133,7 +137,7 @@ class Looped:
             return
         stock = [(layer, dict(layer.lora_dropout)) for layer in self.lora.values()]
         for name, layer in self.lora.items():
-            for adapter in layer.lora_dropout:
+            for adapter in layer.active_adapters[:1]:  # frozen factors have no dropout
                 layer.lora_dropout[adapter] = _MemberDropout(name, member, dropout)
         try:
             yield
@@ -181,9 +185,15 @@ def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout |
         f"{name}.lora_B.{adapter}.weight", layer.lora_B[adapter].weight.detach()
     )  # (C, out, r), or shared (out, r)
     count, scaling = members(stack), float(layer.scaling[adapter])
+    shared = [
+        (layer.lora_A[other].weight, layer.lora_B[other].weight, float(layer.scaling[other]))
+        for other in layer.active_adapters[1:]
+    ]  # (R, in), (out, R): frozen, the same for all members
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = layer.base_layer(x, *args, **kwargs)
+        for frozen_a, frozen_b, factor in shared:
+            base = base + factor * (x.to(frozen_a.dtype) @ frozen_a.mT @ frozen_b.mT)
         rows = x.to(a.dtype).reshape(count, -1, x.shape[-1])
         if dropout is not None:
             rows = torch.stack([dropout(name, member, rows[member]) for member in range(count)])
@@ -222,10 +232,13 @@ def _untrained(model: nn.Module, stack: Stack) -> dict[str, Tensor]:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """A stock LoRA layer on a linear base, with nothing but `A` and `B`: no DoRA, no bias, not merged."""
+    """A stock LoRA layer on a linear base, with nothing but `A` and `B`: no DoRA, no bias, not merged.
+
+    Further active adapters may add to it where they are frozen.
+    """
     return (
         type(layer) is LoraLinear
-        and len(layer.active_adapters) == 1
+        and all(not layer.lora_A[frozen].weight.requires_grad for frozen in layer.active_adapters[1:])
         and not layer.merged
         and not layer.disable_adapters
         and not layer.lora_variant

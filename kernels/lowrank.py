@@ -19,6 +19,11 @@ import numpy as np
 
 Matrix = np.ndarray[Any, np.dtype[Any]]
 
+MANY = 256
+"""Stacked columns from which on the cheaper, rougher way to a norm is taken."""
+
+OVERSAMPLING, ITERATIONS, CHECK_EVERY = 16, 24, 4
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -33,10 +38,29 @@ class LowRank:
         return int(self.a.shape[0])
 
     def norm(self) -> float:
-        """Frobenius norm of `b @ a`, from the R×R cores of the two QR factorizations."""
-        _, core_b = np.linalg.qr(self.b.astype(np.float64))
-        _, core_a = np.linalg.qr(self.a.T.astype(np.float64))
-        return float(np.linalg.norm(core_b @ core_a.T))
+        """Frobenius norm of `b @ a`, in float64.
+
+        Of many stacked terms it is taken from the two Gram matrices, several times faster than by QR: where terms cancel,
+        rounding then leaves 1e-8 of the largest.
+        """
+        b, a = self.b.astype(np.float64), self.a.astype(np.float64)
+        if self.rank > MANY:
+            return float(np.sqrt(max(0.0, float(np.vdot(b.T @ b, a @ a.T)))))
+        return float(np.linalg.norm(_core(b) @ _core(a.T).T))
+
+    def singular_values(self) -> Matrix:
+        """The min(R, out, in) largest singular values of `b @ a`, falling; float64."""
+        core = _core(self.b.astype(np.float64)) @ _core(self.a.T.astype(np.float64)).T
+        return np.asarray(np.linalg.svd(core, full_matrices=False, compute_uv=False))
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalized singular values (Roy & Vetterli 2007); 0 for the zero matrix."""
+        values = self.singular_values()
+        total = values.sum()
+        if not total > 0:
+            return 0.0
+        shares = values[values > 0] / total
+        return float(np.exp(-(shares * np.log(shares)).sum()))
 
     def minus(self, other: "LowRank") -> "LowRank":
         return weighted_sum([(1.0, self), (-1.0, other)])
@@ -50,12 +74,30 @@ class LowRank:
         q_b, core_b = np.linalg.qr(self.b)
         q_a, core_a = np.linalg.qr(self.a.T)
         u, s, vt = np.linalg.svd(core_b @ core_a.T, full_matrices=False)
-        kept = min(rank, len(s))
-        b = np.zeros((self.b.shape[0], rank), self.b.dtype)
-        a = np.zeros((rank, self.a.shape[1]), self.a.dtype)
-        b[:, :kept] = (q_b @ u[:, :kept]) * s[:kept]
-        a[:kept] = vt[:kept] @ q_a.T
-        return _fix_signs(LowRank(b, a))
+        return _fix_signs(_widened((q_b @ u[:, :rank]) * s[:rank], vt[:rank] @ q_a.T, rank))
+
+    def dominant(self, rank: int, tolerance: float = 1e-6) -> tuple["LowRank", float]:
+        """`truncate` by subspace iteration on the factored operator, and the residual that was reached.
+
+        A step costs `O((out + in)·R·rank)`, without a QR of R columns. It stops when `‖b·a·v − s·u‖ ≤ tolerance·s₁` for
+        every triple kept, or after ITERATIONS steps: the residual, relative to s₁ and measured on the operator itself,
+        says how far it came (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, §4.5 and §4.3).
+        """
+        columns = min(rank + OVERSAMPLING, *self.b.shape, *self.a.shape)
+        # Any start will do that is not orthogonal to the answer; a keyed one keeps the result a function of the input.
+        v = np.linalg.qr(_start(self.a.shape[1], columns).astype(self.a.dtype))[0]
+        for step in range(1, ITERATIONS + 1):
+            u = np.linalg.qr(self.b @ (self.a @ v))[0]
+            v, core = np.linalg.qr(self.a.T @ (self.b.T @ u))
+            left, s, right = np.linalg.svd(core)
+            kept_u, kept_v, kept_s = u @ right[:rank].T, v @ left[:, :rank], s[:rank]
+            if step % CHECK_EVERY:
+                continue
+            missed = np.linalg.norm(self.b @ (self.a @ kept_v) - kept_u * kept_s, axis=0).max(initial=0.0)
+            residual = float(missed / s[0]) if s[0] > 0 else 0.0
+            if residual <= tolerance:
+                break
+        return _fix_signs(_widened(kept_u * kept_s, kept_v.T, rank)), residual
 
     def residual(self, rank: int) -> "LowRank":
         """What `truncate(rank)` leaves out, as factors."""
@@ -98,6 +140,21 @@ def orthonormalize(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:
         raise ValueError(f"A of shape {a.shape} cannot have orthonormal rows: its rank exceeds its inputs")
     q, core = np.linalg.qr(a.T.astype(np.float64))
     return b @ core.T, q.T
+
+
+def _core(tall: Matrix) -> Matrix:
+    """The R of a QR factorization, without its Q."""
+    return np.asarray(np.linalg.qr(tall, mode="r"))
+
+
+def _widened(b: Matrix, a: Matrix, rank: int) -> LowRank:
+    """The product with exactly `rank` columns, zeros after its own."""
+    more = rank - a.shape[0]
+    return LowRank(np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0))))
+
+
+def _start(rows: int, columns: int) -> Matrix:
+    return np.random.Generator(np.random.Philox(key=rows)).standard_normal((rows, columns))
 
 
 def _row_signs(a: Matrix) -> Matrix:

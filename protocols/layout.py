@@ -6,21 +6,27 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .errors import PayloadError
 
-Role = Literal["A", "B", "other"]
+Role = Literal["A", "B", "frozen", "other"]
 Flat = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 A_SUFFIX, B_SUFFIX, ROTATION_SUFFIX = ".lora_A.weight", ".lora_B.weight", ".rotation"
+FROZEN_A_SUFFIX, FROZEN_B_SUFFIX = ".frozen_A.weight", ".frozen_B.weight"
+RANK_AXIS = {A_SUFFIX: 0, ROTATION_SUFFIX: 0, FROZEN_A_SUFFIX: 0, B_SUFFIX: 1, FROZEN_B_SUFFIX: 1}
+"""Along which axis a tensor of these names has the components of a rank."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One trainable tensor: its name in peft's own format, its shape, and its role in `ΔW = s·B·A`."""
+    """One tensor of an adapter: its name in peft's own format, its shape, and its role in `ΔW = s·B·A`.
+
+    The role `frozen` is for factors that add to ΔW and that no node trains.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -30,14 +36,29 @@ class TensorSpec:
     def size(self) -> int:
         return prod(self.shape)
 
+    def at_rank(self, rank: int) -> "TensorSpec":
+        """Its first `rank` components, where it has any; a tensor of fewer stays as it is."""
+        axis = next((axis for suffix, axis in RANK_AXIS.items() if self.name.endswith(suffix)), None)
+        if axis is None or len(self.shape) != 2 or (self.role == "other" and not self.name.endswith(ROTATION_SUFFIX)):
+            return self
+        shape = tuple(min(n, rank) if i == axis else n for i, n in enumerate(self.shape))
+        return TensorSpec(self.name, shape, self.role)
+
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of one adapted module: `a` is (r, in), `b` is (out, r)."""
+    """The two factors of one adapted module: `a` is (r, in), `b` is (out, r).
+
+    `frozen` are the names of the factors beside them that nobody trains, where the layout has such.
+    """
 
     module: str
     a: TensorSpec
     b: TensorSpec
+
+    @property
+    def frozen(self) -> tuple[str, str]:
+        return self.module + FROZEN_B_SUFFIX, self.module + FROZEN_A_SUFFIX
 
     @property
     def rank(self) -> int:
@@ -81,6 +102,44 @@ class AdapterLayout:
             if module + B_SUFFIX in by_name
         )
 
+    @cached_property
+    def rank(self) -> int:
+        """The largest rank of its pairs; 0 without a pair."""
+        return max((pair.rank for pair in self.pairs), default=0)
+
+    def at_rank(self, rank: int) -> "AdapterLayout":
+        """This layout for a node of this rank: every pair and rotation keeps its first `rank` components (0: all)."""
+        return self if rank == 0 else AdapterLayout(t if t.role == "frozen" else t.at_rank(rank) for t in self.tensors)
+
+    def frozen_at(self, rank: int) -> "AdapterLayout":
+        """This layout with the first `rank` components of every frozen factor."""
+        return AdapterLayout(t.at_rank(rank) if t.role == "frozen" else t for t in self.tensors)
+
+    def with_frozen(self, rank: int) -> "AdapterLayout":
+        """This layout and, beside each pair, frozen factors of this rank."""
+        frozen = (
+            spec
+            for pair in self.pairs
+            for spec in (
+                TensorSpec(pair.frozen[0], (pair.b.shape[0], rank), "frozen"),
+                TensorSpec(pair.frozen[1], (rank, pair.a.shape[1]), "frozen"),
+            )
+        )
+        return AdapterLayout([*self.tensors, *frozen])
+
+    def cut(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
+        """The leading part of each tensor that `smaller` has, as a vector over `smaller`."""
+        tensors = self.split(flat)
+        return smaller.join({t.name: tensors[t.name][_leading(t.shape)] for t in smaller.tensors})
+
+    def pad(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
+        """The inverse of `cut`: a vector over this layout, zero beyond what `smaller` has."""
+        whole: Flat = np.zeros(self.size, np.float32)
+        tensors = self.split(whole)
+        for name, values in smaller.split(flat).items():
+            tensors[name][_leading(values.shape)] = values
+        return whole
+
     def select(self, roles: Collection[Role]) -> "AdapterLayout":
         """The layout of the tensors with these roles alone (offsets are counted anew)."""
         return AdapterLayout(t for t in self.tensors if t.role in roles)
@@ -88,7 +147,7 @@ class AdapterLayout:
     def with_rotations(self) -> "AdapterLayout":
         """This layout without its A factors, and an (r, r) rotation for each of them: FedSVD's downlink."""
         rotations = (TensorSpec(p.module + ROTATION_SUFFIX, (p.rank, p.rank), "other") for p in self.pairs)
-        return AdapterLayout([*self.select({"B", "other"}).tensors, *rotations])
+        return AdapterLayout([*(t for t in self.tensors if t.role != "A"), *rotations])
 
     def split(self, flat: Flat) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Views of `flat` (fp32, (size,)) by tensor name, in shape. Raises PayloadError on a wrong length."""
@@ -114,7 +173,7 @@ class AdapterLayout:
         try:
             rows = json.loads(text)
             tensors = [TensorSpec(str(r["name"]), tuple(int(n) for n in r["shape"]), r["role"]) for r in rows]
-            if any(t.role not in ("A", "B", "other") or min(t.shape, default=1) < 0 for t in tensors):
+            if any(t.role not in get_args(Role) or min(t.shape, default=1) < 0 for t in tensors):
                 raise ValueError("a role or a shape is impossible")
             return cls(tensors)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -133,3 +192,7 @@ class AdapterLayout:
 
     def __repr__(self) -> str:
         return f"AdapterLayout({len(self.tensors)} tensors, {self.size} values)"
+
+
+def _leading(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(n) for n in shape)

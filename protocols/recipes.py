@@ -1,6 +1,7 @@
 """Recipes: named, legal combinations of what trains, how it is aggregated, and what may stand beside it.
 
-Pure data. The client, the server, `fedapt plan` and `fedapt recipes` all read this one table.
+Pure data. The client, the server, `fedapt plan` and `fedapt recipes` all read this one table. What a spec may not
+combine is in `legality.py`.
 """
 
 import difflib
@@ -9,42 +10,96 @@ from typing import Literal
 
 from .errors import SpecError
 from .layout import AdapterLayout, Role
-from .spec import RunSpec
+from .spec import Recipe as Settings
+
+BUDGET = 4
+"""The rank that may be kept beside the adapter, in multiples of its own, where the spec does not say."""
+
+STEPS = ("sgd", "nesterov", "novograd", "adam")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to federate low-rank adapters.
 
-    `trains` are the roles that nodes train and send. `averages` says what is averaged: each tensor for itself, or
-    the products `B·A`, truncated back to the adapter's rank. `refactorizes`: after each round `B·A` is rewritten
-    with an orthonormal A by an SVD, and nodes receive A as an r×r rotation of the A they started from.
-    `linear`: the aggregate is a linear sum of what nodes send.
+    `trains` are the roles that nodes train and send; where it `alternates`, B in odd rounds and A in even ones.
+    `averages`: each tensor for itself; the products `B·A`, truncated back to a rank; tensors, with B corrected
+    towards the mean product; or tensors weighted by the norm of their product. `residual` is where that goes which
+    the average of this rank cannot hold: it is lost, kept at the server for the next round, or sent to nodes as
+    `frozen` factors beside the trained ones. `refactorizes`: every `period` rounds `B·A` is rewritten with an
+    orthonormal A by an SVD, and nodes receive A as an r×r rotation of the A they started from. `refreshes`: every
+    `period` rounds `B·A` moves to the frozen factors, and training starts anew in another row space. `linear`: the
+    aggregate is a linear sum of what nodes send. `exact`: it is the mean product itself, but for a rank budget.
     """
 
     name: str
     summary: str
     paper: str
     trains: frozenset[Role]
-    averages: Literal["tensors", "products"] = "tensors"
+    alternates: bool = False
+    averages: Literal["tensors", "products", "corrected", "by-norm"] = "tensors"
+    residual: Literal["none", "lost", "server", "frozen"] = "none"
     refactorizes: bool = False
+    refreshes: bool = False
+    period: int = 1
+    mixes_ranks: bool = False
     initial_a: tuple[Literal["kaiming", "orthonormal"], ...] = ("kaiming",)
-    server_optimizers: tuple[str, ...] = ("sgd", "nesterov", "novograd", "adam")
+    server_optimizers: tuple[str, ...] = STEPS
     linear: bool = True
     exact: bool = True
     units: tuple[str, ...] = ("none",)
 
-    def trained(self, layout: AdapterLayout) -> AdapterLayout:
-        """The tensors that a node sends."""
-        return layout.select(self.trains)
+    @property
+    def has_frozen(self) -> bool:
+        """Whether nodes hold frozen factors beside those that they train."""
+        return self.refreshes or self.residual == "frozen"
 
-    def downlink(self, layout: AdapterLayout) -> AdapterLayout:
-        """The tensors that a node receives: all that changed since the start, in their smallest form."""
-        return layout.with_rotations() if self.refactorizes else self.trained(layout)
+    @property
+    def replaces(self) -> bool:
+        """Whether the aggregate is the next adapter itself, not a step towards it."""
+        return self.averages != "tensors" or self.residual == "frozen"
+
+    def trained(self, layout: AdapterLayout, round_: int) -> AdapterLayout:
+        """The tensors that a node trains and sends in a round (counted from 1)."""
+        if not self.alternates:
+            return layout.select(self.trains)
+        return layout.select(self.trains - {"A" if round_ % 2 else "B"})
+
+    def stepped(self, layout: AdapterLayout, round_: int) -> AdapterLayout:
+        """The tensors that the server's step moves: the trained ones, and frozen factors that take the residual."""
+        trained = self.trained(layout, round_)
+        return layout.select({*self.trains, "frozen"}) if self.residual == "frozen" else trained
+
+    def downlink(self, layout: AdapterLayout, round_: int, settings: Settings) -> AdapterLayout:
+        """The tensors that a node receives for a round: all that changed since the start, in their smallest form."""
+        if self.refactorizes:
+            return layout.with_rotations()
+        received = layout.select({*self.trains, "frozen"})
+        if not self.refreshes:
+            return received
+        # Frozen A's are drawn by key and never travel; of the frozen B's, those that are filled.
+        filled = received.frozen_at(self.refreshed(layout, round_, settings) * layout.rank)
+        return AdapterLayout(t for t in filled.tensors if not t.name.endswith(".frozen_A.weight"))
+
+    def refreshed(self, layout: AdapterLayout, round_: int, settings: Settings) -> int:
+        """How many fresh starts there were before a round; the budget of the frozen factors bounds them."""
+        if not self.refreshes or layout.rank == 0:
+            return 0
+        return min((round_ - 1) // self.every(settings), self.budget(layout, settings) // layout.rank)
+
+    def every(self, settings: Settings) -> int:
+        """Rounds from one refactorization, or fresh start, to the next."""
+        return settings.period or self.period
+
+    def budget(self, layout: AdapterLayout, settings: Settings) -> int:
+        """The rank that may be kept beside the adapter; whole starts of it for `refresh`."""
+        rank = settings.budget or BUDGET * layout.rank
+        return rank - rank % max(1, layout.rank) if self.refreshes else rank
 
 
 B_ONLY: frozenset[Role] = frozenset({"B", "other"})
 BOTH: frozenset[Role] = frozenset({"A", "B", "other"})
+REPLACED = ("sgd",)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -55,6 +110,7 @@ RECIPES: dict[str, Recipe] = {
             paper="FedSVD, arXiv 2505.12805",
             trains=B_ONLY,
             refactorizes=True,
+            mixes_ranks=True,
             initial_a=("orthonormal",),
             server_optimizers=("sgd", "nesterov", "novograd"),
         ),
@@ -66,12 +122,74 @@ RECIPES: dict[str, Recipe] = {
             initial_a=("kaiming", "orthonormal"),
         ),
         Recipe(
+            name="refresh",
+            summary="train B; every few rounds freeze B·A as factors and start anew in another row space",
+            paper="ours; FFA-LoRA (arXiv 2403.12313) between two fresh starts",
+            trains=B_ONLY,
+            refreshes=True,
+            period=10,
+            initial_a=("orthonormal",),
+        ),
+        Recipe(
+            name="rolora",
+            summary="train B in odd rounds and A in even ones, so that each mean is exact",
+            paper="RoLoRA, arXiv 2409.02346",
+            trains=BOTH,
+            alternates=True,
+            server_optimizers=REPLACED,
+        ),
+        Recipe(
             name="flexlora",
             summary="train A and B; average the products B·A and truncate to the rank by SVD",
             paper="FlexLoRA, arXiv 2402.11505",
             trains=BOTH,
             averages="products",
-            server_optimizers=("sgd",),
+            residual="lost",
+            mixes_ranks=True,
+            server_optimizers=REPLACED,
+            linear=False,
+            exact=False,
+        ),
+        Recipe(
+            name="flora",
+            summary="train A and B; stack the products, send their best part, keep the rest at the server",
+            paper="FLoRA, arXiv 2409.05976",
+            trains=BOTH,
+            averages="products",
+            residual="server",
+            mixes_ranks=True,
+            server_optimizers=REPLACED,
+            linear=False,
+        ),
+        Recipe(
+            name="fedex",
+            summary="train A and B; average each for itself, and send what that misses as frozen factors",
+            paper="FedEx-LoRA, arXiv 2410.09432",
+            trains=BOTH,
+            residual="frozen",
+            server_optimizers=REPLACED,
+            linear=False,
+        ),
+        Recipe(
+            name="lora-fair",
+            summary="train A and B; average each for itself, and correct B towards the mean product",
+            paper="LoRA-FAIR, arXiv 2411.14961",
+            trains=BOTH,
+            averages="corrected",
+            residual="lost",
+            server_optimizers=REPLACED,
+            linear=False,
+            exact=False,
+        ),
+        Recipe(
+            name="hetlora",
+            summary="train A and B; pad to the largest rank with zeros, weight by the norm of B·A",
+            paper="HetLoRA, arXiv 2401.06432",
+            trains=BOTH,
+            averages="by-norm",
+            residual="lost",
+            mixes_ranks=True,
+            server_optimizers=REPLACED,
             linear=False,
             exact=False,
         ),
@@ -80,19 +198,11 @@ RECIPES: dict[str, Recipe] = {
             summary="train A and B; average each for itself (the mean of products is not the product of means)",
             paper="FedIT, arXiv 2305.05644",
             trains=BOTH,
+            residual="lost",
             exact=False,
         ),
     )
 }
-
-
-def recipe_of(spec: RunSpec) -> Recipe:
-    """The spec's recipe. Raises SpecError for an unknown name or a combination that would be wrong."""
-    recipe = recipe_named(spec.recipe.name)
-    problems = illegal(spec, recipe)
-    if problems:
-        raise SpecError("\n".join(problems))
-    return recipe
 
 
 def recipe_named(name: str) -> Recipe:
@@ -102,39 +212,3 @@ def recipe_named(name: str) -> Recipe:
     near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
     way_out = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(RECIPES)}."
     raise SpecError(f"recipe.name = {name!r}: no such recipe; {way_out}")
-
-
-def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
-    """Every reason why `spec` may not run with `recipe`, each with the nearest legal choice."""
-    problems = []
-    if spec.recipe.optimizer not in recipe.server_optimizers:
-        why = (
-            "its state lives in A's basis, which rotates each round, and elementwise scaling does not rotate"
-            if recipe.refactorizes
-            else "the truncated product is the next adapter itself, not a step towards it"
-        )
-        problems.append(
-            f'recipe.optimizer = "{spec.recipe.optimizer}" is illegal with {recipe.name}: {why}. '
-            f'Nearest legal: "{recipe.server_optimizers[-1]}".'
-        )
-    if recipe.averages == "products" and spec.recipe.learning_rate != 1.0:
-        problems.append(
-            f"recipe.learning_rate = {spec.recipe.learning_rate} is illegal with {recipe.name}: a part of a step "
-            "between two factorizations means nothing. Nearest legal: 1.0."
-        )
-    if spec.recipe.initial_a not in (None, *recipe.initial_a):
-        problems.append(
-            f'recipe.initial_a = "{spec.recipe.initial_a}" is illegal with {recipe.name}. '
-            f'Nearest legal: "{recipe.initial_a[0]}".'
-        )
-    if spec.privacy.unit not in recipe.units:
-        problems.append(
-            f'privacy.unit = "{spec.privacy.unit}" is not offered by {recipe.name} in this version. '
-            f'Nearest legal: "{recipe.units[0]}" (no formal guarantee).'
-        )
-    return problems
-
-
-def initial_a(spec: RunSpec) -> Literal["kaiming", "orthonormal"]:
-    """How A is drawn at the start of the run."""
-    return spec.recipe.initial_a or recipe_of(spec).initial_a[0]

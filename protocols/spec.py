@@ -53,21 +53,61 @@ class Model(Section):
 
 
 class Adapter(Section):
-    """The trainable part. `targets` are the names of the modules that get factors; `start` warm-starts from a folder."""
+    """The trainable part. `targets` are the names of the modules that are adapted; `start` warm-starts from a folder.
 
-    method: Literal["lora"] = "lora"
+    `rank` and `alpha` are of lora, dora and adalora (vera has the rank alone), `virtual_tokens` of prompt and prefix,
+    `ranks`, where given, are what sites can afford: each node has one of them, by key, and `rank` is the largest.
+    `bottleneck` is the inner width of bottleneck. bias, head and full have no targets. A classifier is trained
+    beside every method.
+    """
+
+    method: Literal[
+        "lora", "dora", "adalora", "vera", "ia3", "prompt", "prefix", "bottleneck", "bias", "head", "full"
+    ] = "lora"
     rank: Positive = 8
+    ranks: tuple[Positive, ...] = ()
     alpha: PositiveFloat = 16.0
     targets: Targets = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    virtual_tokens: Positive = 16
+    bottleneck: Positive = 16
     start: str | None = None
+
+    @model_validator(mode="after")
+    def _rank_is_the_largest(self) -> Self:
+        if self.ranks and max(self.ranks) != self.rank:
+            raise ValueError(
+                f"rank = {self.rank} is not the largest of ranks = {list(self.ranks)}: set rank = {max(self.ranks)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_of_lora(self) -> Self:
+        if self.dropout > 0 and self.method != "lora":
+            raise ValueError(
+                f'dropout = {self.dropout} is illegal with method = "{self.method}": keyed masks are drawn for the '
+                "inputs of plain LoRA alone. Nearest legal: dropout = 0"
+            )
+        return self
 
 
 class Recipe(Section):
-    """How updates become the next adapter; `fedapt recipes` lists the names."""
+    """How updates become the next adapter; `fedapt recipes` lists the names.
+
+    `period` counts the rounds between two refactorizations (fedsvd) or two fresh starts (refresh). `budget` is the
+    rank that may be kept beside the adapter: in the frozen part (fedex, refresh) or at the server (flora).
+    `aggregator` is how updates become one; `byzantine` is the share of the nodes that may send anything (krum,
+    multi-krum, trimmed-mean).
+    """
 
     name: str = "fedsvd"
+    period: Positive | None = None
+    budget: Positive | None = None
     weighting: Literal["examples", "uniform"] = "examples"
+    aggregator: Literal[
+        "mean", "krum", "multi-krum", "geometric-median", "clip", "median", "trimmed-mean", "ties", "breadcrumbs", "pcb"
+    ] = "mean"
+    byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     initial_a: Literal["kaiming", "orthonormal"] | None = None
     optimizer: Literal["sgd", "nesterov", "novograd", "adam"] = "sgd"
     learning_rate: PositiveFloat = 1.0
@@ -116,10 +156,17 @@ class Privacy(Section):
 
 
 class Wire(Section):
-    """`codec` is for updates (up), `downlink` for the global adapter (down)."""
+    """`codec` is for updates (up), `downlink` for the global adapter (down).
 
-    codec: Literal["fp32", "bf16", "int8"] = "fp32"
+    `density` is the share of the values that `top-k` sends, `coefficients` is how many numbers `seed-projection`
+    sends, and `values` is how either codes its numbers. The other codecs read none of the three.
+    """
+
+    codec: Literal["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"] = "fp32"
     downlink: Literal["fp32", "bf16"] = "fp32"
+    density: Fraction = 0.1
+    coefficients: Positive = 4096
+    values: Literal["fp32", "bf16", "int8", "fp4"] = "fp32"
 
 
 class Partition(Section):

@@ -1,7 +1,8 @@
 """Updates of a round ⇒ one change of the adapter, and the error that this way of aggregating makes.
 
 What a federation wants is the mean of the nodes' products, `mean(B_k·A_k)`. Averaging A and B each for itself gives
-something else; how far off it is, is reported for every round.
+something else; how far off it is, is reported for every round. The recipes differ in what is averaged, what rank is
+kept, and where the rest goes (`protocols/recipes.py`); the algebra is `kernels/lowrank.py`.
 
 Sums run in the order given (node-id order) and in float64, so equal updates give equal bytes.
 """
@@ -11,121 +12,143 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.lowrank import LowRank, Matrix, refactor, weighted_sum
-from ..protocols.layout import ROTATION_SUFFIX, AdapterLayout, Flat, Pair
+from ..kernels.lowrank import LowRank, Matrix, weighted_sum
+from ..protocols.layout import AdapterLayout, Flat, Pair
 from ..protocols.recipes import Recipe
-from .optimizers import Buffers
+from ..protocols.spec import Recipe as Settings
+from .combining import combined, weighed
+from .rounds import Module, Round
+
+RIDGE = 0.01
+"""LoRA-FAIR's λ, relative to the mean square norm of A's rows."""
+
+STACKED, SETTLED = 256, 1e-6
+"""Stacked ranks up to which a truncation is by QR; beyond, by subspace iteration where its residual comes so low."""
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """One admitted and decoded update: `change` is fp32 over the recipe's trained layout; weights sum to 1."""
+class Aggregate:
+    """`change` is fp32 over the layout that the recipe steps; `error` is relative; `residual` is what the server keeps
+    for the next round (fp32, over `residual_layout`; of size 0 for most recipes)."""
 
-    weight: float
     change: Flat
+    error: float
+    residual: Flat
 
 
 def aggregate(
-    recipe: Recipe, layout: AdapterLayout, adapter: Flat, contributions: Sequence[Contribution]
-) -> tuple[Flat, float]:
-    """The change of the round (fp32, over the trained layout) and its relative error.
+    recipe: Recipe, settings: Settings, updates: Round, residual: Flat | None = None, *, number: int = 1
+) -> Aggregate:
+    """The change of round `number`, its error, and the residual that the server keeps for the next one.
 
-    `adapter` (fp32, the whole layout) is what the nodes started from. The error is
-    `‖mean(B_k·A_k) − B̂·Â‖ / ‖mean(B_k·A_k)‖` over all modules together (Frobenius), 0 where nothing was learned.
+    `residual` is what the last round left (None before the first). The error is
+    `‖mean(B_k·A_k) − B̂·Â‖ / ‖mean(B_k·A_k)‖` over all modules together (Frobenius), where what the recipe sends as
+    frozen factors counts as not lost; 0 where nothing was learned.
     """
-    trained = recipe.trained(layout)
-    change = _mean(contributions)
-    if recipe.averages == "products":
-        change = _truncated_products(layout, trained, adapter, contributions, change)
-    return change, _error(layout, trained, adapter, contributions, change)
-
-
-def settle(recipe: Recipe, layout: AdapterLayout, state: Flat, buffers: Buffers) -> tuple[Flat, Buffers]:
-    """The state after its step, brought into the recipe's form (fp32, over the downlink layout).
-
-    FedSVD (arXiv 2505.12805 §3): each `B·A` is refactored with A orthonormal; momentum is linear in B's basis
-    and turns with it, and no other buffer depends on the basis. Rotations are re-orthonormalized each round, so that their product cannot drift.
-    """
-    if not recipe.refactorizes:
-        return state, buffers
-    downlink, trained = recipe.downlink(layout), recipe.trained(layout)
-    state, buffers = state.copy(), {name: buffer.copy() for name, buffer in buffers.items()}
-    tensors = downlink.split(state)
-    momentum = trained.split(buffers["momentum"]) if "momentum" in buffers else {}
-    for pair in layout.pairs:
-        b, rotation = refactor(tensors[pair.b.name])
-        total = tensors[pair.module + ROTATION_SUFFIX]
-        tensors[pair.b.name][...] = b
-        total[...] = _nearest_orthogonal(rotation @ total.astype(np.float64))
-        if momentum:
-            momentum[pair.b.name][...] = momentum[pair.b.name] @ rotation.T
-    return state, buffers
-
-
-def _mean(contributions: Sequence[Contribution]) -> Flat:
-    total = np.zeros(contributions[0].change.shape, np.float64)
-    for contribution in contributions:
-        total += contribution.weight * contribution.change.astype(np.float64)
-    return total.astype(np.float32)
-
-
-def _truncated_products(
-    layout: AdapterLayout,
-    trained: AdapterLayout,
-    adapter: Flat,
-    contributions: Sequence[Contribution],
-    mean: Flat,
-) -> Flat:
-    """FlexLoRA (arXiv 2402.11505 §3.2): the factors whose product is nearest to the mean product, as a change."""
-    start, change = layout.split(adapter), trained.split(mean.copy())
-    for pair in layout.pairs:
-        best = _mean_product(pair, layout, trained, adapter, contributions).truncate(pair.rank)
-        change[pair.b.name][...] = best.b - start[pair.b.name]
-        change[pair.a.name][...] = best.a - start[pair.a.name]
-    return trained.join(change)
-
-
-def _mean_product(
-    pair: Pair,
-    layout: AdapterLayout,
-    trained: AdapterLayout,
-    adapter: Flat,
-    contributions: Sequence[Contribution],
-) -> LowRank:
-    """`Σ w_k·B_k·A_k` of one module, float64; its rank stays r where no node trained A."""
-    start = layout.split(adapter)
-    terms = [(c.weight, _product(pair, start, trained.split(c.change))) for c in contributions]
-    if pair.a in trained.tensors:
-        return weighted_sum(terms)
-    b = sum((weight * term.b for weight, term in terms), np.zeros(pair.b.shape))
-    return LowRank(np.asarray(b), terms[0][1].a)
-
-
-def _product(pair: Pair, start: dict[str, Matrix], change: dict[str, Matrix]) -> LowRank:
-    """One node's `(B + ΔB)·(A + ΔA)`, float64."""
-
-    def moved(name: str) -> Matrix:
-        return np.asarray(start[name].astype(np.float64) + change.get(name, np.float64(0.0)))
-
-    return LowRank(moved(pair.b.name), moved(pair.a.name))
-
-
-def _error(
-    layout: AdapterLayout,
-    trained: AdapterLayout,
-    adapter: Flat,
-    contributions: Sequence[Contribution],
-    change: Flat,
-) -> float:
-    start, step = layout.split(adapter), trained.split(change)
+    layout, updates = updates.layout, weighed(updates, settings)
+    stepped, kept = recipe.stepped(layout, number), residual_layout(recipe, settings, layout)
+    change = stepped.pad(combined(updates, settings), updates.trained)
+    left: Flat = np.zeros(kept.size, np.float32) if residual is None else residual.copy()
+    start, step, rest = layout.split(updates.adapter), stepped.split(change), kept.split(left)
+    shares = _norm_shares(updates) if recipe.averages == "by-norm" else []
     missed = wanted = 0.0
     for pair in layout.pairs:
-        mean = _mean_product(pair, layout, trained, adapter, contributions)
+        module = updates.module(pair)
+        mean = module.mean()
+        match recipe.averages:
+            case "products" if recipe.residual == "server":
+                mean = _truncate_and_keep(module, mean, step, rest)
+            case "products":
+                _move_to(_best(mean, pair.rank), module, step)
+            case "corrected":
+                _correct(mean, module, step)
+            case "by-norm":
+                _move_to(_padded_mean(module, shares), module, step)
+        lost = mean.minus(_moved(module, step))
+        if recipe.residual == "frozen":
+            lost = _freeze(lost, pair, start, step)
         wanted += mean.norm() ** 2
-        missed += mean.minus(_product(pair, start, step)).norm() ** 2
-    return float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0
+        missed += lost.norm() ** 2
+    return Aggregate(change, float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0, left)
 
 
-def _nearest_orthogonal(matrix: Matrix) -> Matrix:
-    u, _, vt = np.linalg.svd(matrix)
-    return np.asarray(u @ vt)
+def residual_layout(recipe: Recipe, settings: Settings, layout: AdapterLayout) -> AdapterLayout:
+    """The factors that the server keeps from round to round beside the adapter's own: of the budget's rank."""
+    if recipe.residual != "server":
+        return AdapterLayout([])
+    return layout.with_frozen(recipe.budget(layout, settings)).select({"frozen"})
+
+
+def _moved(module: Module, step: dict[str, Matrix]) -> LowRank:
+    """The module's factors after the step."""
+    b, a = (step.get(spec.name, np.zeros(1)) for spec in (module.pair.b, module.pair.a))
+    return LowRank(module.start.b + b, module.start.a + a)
+
+
+def _move_to(product: LowRank, module: Module, step: dict[str, Matrix]) -> None:
+    step[module.pair.b.name][...] = product.b - module.start.b
+    step[module.pair.a.name][...] = product.a - module.start.a
+
+
+def _best(product: LowRank, rank: int) -> LowRank:
+    """The truncation to `rank`, exactly, or to SETTLED where many factors are stacked."""
+    if product.rank > STACKED:
+        found, residual = product.dominant(rank, SETTLED)
+        if residual <= SETTLED:
+            return found
+    return product.truncate(rank)
+
+
+def _truncate_and_keep(module: Module, mean: LowRank, step: dict[str, Matrix], rest: dict[str, Matrix]) -> LowRank:
+    """FLoRA (arXiv 2409.05976 §3) within a rank budget: nodes get the best part of all that was stacked so far.
+
+    What their rank cannot hold stays at the server and is stacked again in the next round. Returns the whole sum.
+    """
+    b, a = (rest[name] for name in module.pair.frozen)
+    total = weighted_sum([(1.0, mean), *module.unsent(), (1.0, LowRank(b.astype(np.float64), a.astype(np.float64)))])
+    rank = module.pair.rank
+    kept = _best(total, rank + a.shape[0])
+    _move_to(LowRank(kept.b[:, :rank], kept.a[:rank]), module, step)
+    b[...], a[...] = kept.b[:, rank:], kept.a[rank:]
+    return total
+
+
+def _correct(mean: LowRank, module: Module, step: dict[str, Matrix]) -> None:
+    """LoRA-FAIR (arXiv 2411.14961 §4): B moves so that `(B̄ + ΔB)·Ā` comes nearest to the mean product.
+
+    `ΔB = (M − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹`, the ridge solution for the squared distance.
+    """
+    averaged = _moved(module, step)
+    gram = averaged.a @ averaged.a.T
+    ridge = RIDGE * np.trace(gram) / max(1, len(gram)) * np.eye(len(gram))
+    lost = mean.minus(averaged)
+    correction = lost.b @ np.linalg.lstsq(gram + ridge, averaged.a @ lost.a.T, rcond=None)[0].T
+    step[module.pair.b.name][...] += correction
+
+
+def _norm_shares(updates: Round) -> list[float]:
+    """HetLoRA's weights (arXiv 2401.06432 §3.3): in proportion to `‖B_k·A_k‖` of the whole adapter."""
+    squares = np.zeros(len(updates.contributions))
+    for pair in updates.layout.pairs:
+        squares += [product.norm() ** 2 for product in updates.module(pair).ended]
+    norms = np.sqrt(squares)
+    return list(norms / norms.sum()) if norms.sum() > 0 else [c.weight for c in updates.contributions]
+
+
+def _padded_mean(module: Module, shares: Sequence[float]) -> LowRank:
+    """HetLoRA: factors padded with zeros to the largest rank, each averaged for itself."""
+    b, a = np.zeros_like(module.start.b), np.zeros_like(module.start.a)
+    for share, product in zip(shares, module.ended, strict=True):
+        b[:, : product.rank] += share * product.b
+        a[: product.rank] += share * product.a
+    return LowRank(b, a)
+
+
+def _freeze(lost: LowRank, pair: Pair, start: dict[str, Matrix], step: dict[str, Matrix]) -> LowRank:
+    """FedEx-LoRA (arXiv 2410.09432 §4): what the means lost joins the frozen factors. Returns what their rank lost."""
+    b, a = (start[name].astype(np.float64) for name in pair.frozen)
+    total = weighted_sum([(1.0, LowRank(b, a)), (1.0, lost)])
+    kept = _best(total, a.shape[0])
+    for name, new, old in zip(pair.frozen, (kept.b, kept.a), (b, a), strict=True):
+        step[name][...] = new - old
+    return total.minus(kept)

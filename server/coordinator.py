@@ -14,17 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..protocols.codecs import CODECS
-from ..protocols.downlink import initial_state, whole_adapter
+from ..protocols.codecs import CODECS, codec_of
 from ..protocols.errors import RunError, SpecError
-from ..protocols.layout import Flat
-from ..protocols.recipes import recipe_of
+from ..protocols.layout import AdapterLayout, Flat
+from ..protocols.legality import rank_of, recipe_of
+from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update, version_of
-from . import aggregation, optimizers
 from .admission import refusal
+from .advance import advance
 from .grid import Failure, NodeGrid
 from .participation import draw
+from .rounds import Contribution
+from .settling import effective_rank
 from .store import Row, Snapshot, Store
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,10 @@ class Coordinator:
         self.recipe = recipe_of(spec)
         self.evaluate, self.progress = evaluate, progress
         self.run = spec.run.name
-        self.uplink, self.downlink = CODECS[spec.wire.codec], CODECS[spec.wire.downlink]
+        self.up, self.down = codec_of(spec.wire), CODECS[spec.wire.downlink]
         self.description = self._begin()
         self.layout = self.description.layout
-        self.trained = self.recipe.trained(self.layout)
+        self.shared = self._shared(self.description)
 
     def rounds(self) -> Iterator[Row]:
         """Run what is left, yielding the row of each round when it is committed.
@@ -82,7 +84,8 @@ class Coordinator:
 
     def adapter(self, round_: int | None = None) -> Flat:
         """The whole adapter after a round that was kept: the last by default, or the best."""
-        return self._whole(self.store.snapshot(self.run, round_).state)
+        snapshot = self.store.snapshot(self.run, round_)
+        return self.shared.whole(snapshot.state, snapshot.round + 1)
 
     def best_round(self) -> int | None:
         """The round with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""
@@ -98,40 +101,43 @@ class Coordinator:
                 raise SpecError(f'run "{self.run}" exists with another spec; give this one a name of its own')
             return description
         description = self.grid.describe()
-        state = initial_state(self.recipe, description.layout, description.start)
+        state = self._shared(description).initial_state()
         row: Row = {"round": 0}
         if self.evaluate is not None:
             row["evaluation"] = dict(self.evaluate(description.start))
         self.store.create(self.run, self.spec.to_json(), description, Snapshot(0, state), row)
         return description
 
+    def _shared(self, description: Description) -> SharedAdapter:
+        return SharedAdapter(self.recipe, self.spec.recipe, description.layout, description.start)
+
     def _round(self, rows: Sequence[Row]) -> Row:
         started = time.monotonic()
         round_, snapshot = len(rows), self.store.snapshot(self.run)
-        payload, received = self._pack(snapshot.state, round_)
-        cohort = self._open(round_)
-        assignments = {node: self._assignment(round_, node, payload, received) for node in cohort}
+        assignments = self._assign(round_, snapshot.state)
         failures = self._collect(round_, assignments)
         updates = self.store.contributions(self.run, round_)
-        if cohort and not updates:
+        if assignments and not updates:
             reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
             raise RunError(
-                f"round {round_}: none of {len(cohort)} nodes delivered an update within "
+                f"round {round_}: none of {len(assignments)} nodes delivered an update within "
                 f"{self.spec.participation.deadline_seconds:g} s ({reasons[0] if reasons else 'no answer'}). "
                 "The round stays open: start the run again to go on with it."
             )
-        after, error = self._release(snapshot, round_, received, [u for u in updates if u.kind == "delta"])
+        after, error = self._release(snapshot, round_, [u for u in updates if u.kind == "delta"])
+        adapter = self.shared.whole(after.state, round_ + 1)
         row = {
             "round": round_,
             **_describe(updates),
             "refused": len(self.store.refusals(self.run, round_)),
             "failed": len(failures),
             "aggregation_error": error,
-            "bytes_down": len(payload) * len(cohort),
+            "effective_rank": effective_rank(self.layout, adapter),
+            "bytes_down": sum(len(a.payload) for a in assignments.values()),
             "bytes_up": sum(len(u.payload) for u in updates),
         }
         if self.evaluate is not None and self._is_evaluated(round_):
-            row["evaluation"] = dict(self.evaluate(self._whole(after.state)))
+            row["evaluation"] = dict(self.evaluate(adapter))
         row["seconds"] = round(time.monotonic() - started, 4)
         best = best_round([*rows, row])
         self.store.commit(self.run, after, row, kept=[] if best is None else [best])
@@ -143,15 +149,27 @@ class Coordinator:
             raise RunError("no node can train: none has connected, or none has an example")
         return self.store.open_round(self.run, round_, draw(nodes, self.spec.participation, self.spec.run.seed, round_))
 
-    def _pack(self, state: Flat, round_: int) -> tuple[bytes, Flat]:
-        """The state as it travels, and as it arrives: with a lossy downlink, nodes start from what they received."""
-        layout = self.recipe.downlink(self.description.layout)
-        payload = self.downlink.encode(state, layout, key=round_)
-        return payload, self.downlink.decode(payload, layout)
+    def _assign(self, round_: int, state: Flat) -> dict[int, Assignment]:
+        """The round's assignments by node: nodes of a smaller rank get the leading components alone."""
+        packed: dict[int, tuple[bytes, str]] = {}
+        assignments = {}
+        for node in self._open(round_):
+            rank = rank_of(self.spec, node)
+            if rank not in packed:
+                own = self.shared.received(round_, rank)
+                payload = self.down.encode(self.shared.received(round_).cut(state, own), own, key=round_)
+                packed[rank] = payload, version_of(own, self.down.decode(payload, own))
+            payload, version = packed[rank]
+            assignments[node] = Assignment(self.run, round_, 1, node, version, payload)
+        return assignments
 
-    def _assignment(self, round_: int, node: int, payload: bytes, received: Flat) -> Assignment:
-        version = version_of(self.recipe.downlink(self.layout), received)
-        return Assignment(self.run, round_, 1, node, version, payload)
+    def _sent(self, round_: int, node: int) -> AdapterLayout:
+        return self.shared.sent(round_, rank_of(self.spec, node))
+
+    def _as_received(self, round_: int, state: Flat) -> Flat:
+        """The state as it arrives: with a lossy downlink, nodes start from what they received."""
+        layout = self.shared.received(round_)
+        return self.down.decode(self.down.encode(state, layout, key=round_), layout)
 
     def _collect(self, round_: int, assignments: Mapping[int, Assignment]) -> list[Failure]:
         """Ask the nodes that have not answered yet, and keep what is admitted."""
@@ -167,7 +185,7 @@ class Coordinator:
                 logger.warning("round %d: node %d failed: %s", round_, reply.node, reply.reason)
                 failures.append(reply)
                 continue
-            reason = refusal(reply, assignments.get(reply.node), self.uplink, self.trained)
+            reason = refusal(reply, assignments.get(reply.node), self.up, self._sent(round_, reply.node))
             if reason is None and not self.store.contribute(self.run, reply):
                 reason = "duplicate"
             if reason is not None:
@@ -178,35 +196,27 @@ class Coordinator:
             self.progress(Progress(round_, len(answered), len(assignments)))
         return failures
 
-    def _release(
-        self, before: Snapshot, round_: int, received: Flat, updates: Sequence[Update]
-    ) -> tuple[Snapshot, float]:
-        """The state after the round, and the aggregation error. Without an update the state stays as it was."""
-        if not updates:
-            return Snapshot(round_, before.state, before.buffers), 0.0
-        change, error = aggregation.aggregate(
-            self.recipe, self.layout, self._whole(received), self._contributions(updates)
+    def _release(self, before: Snapshot, round_: int, updates: Sequence[Update]) -> tuple[Snapshot, float]:
+        """The state after the round, and the aggregation error."""
+        received = self._as_received(round_, before.state)
+        contributions = self._contributions(updates, self.shared.sent(round_))
+        state, buffers, error = advance(
+            self.shared, before.state, received, before.buffers, contributions, number=round_
         )
-        step, buffers = optimizers.step(change, before.buffers, self.spec.recipe, self.trained)
-        # A truncated product is the next adapter itself; any other change keeps what a lossy downlink rounded away.
-        state = (received if self.recipe.averages == "products" else before.state).copy()
-        moved = self.recipe.downlink(self.layout).split(state)
-        for name, values in self.trained.split(step).items():
-            moved[name] += values
-        state, buffers = aggregation.settle(self.recipe, self.layout, state, buffers)
         return Snapshot(round_, state, buffers), error
 
-    def _contributions(self, updates: Sequence[Update]) -> list[aggregation.Contribution]:
+    def _contributions(self, updates: Sequence[Update], trained: AdapterLayout) -> list[Contribution]:
+        if not updates:
+            return []
         uniform = self.spec.recipe.weighting == "uniform"
         weights = np.array([1.0 if uniform else update.weight for update in updates])
         weights /= weights.sum()
-        return [
-            aggregation.Contribution(float(weight), self.uplink.decode(update.payload, self.trained))
-            for weight, update in zip(weights, updates, strict=True)
-        ]
-
-    def _whole(self, state: Flat) -> Flat:
-        return whole_adapter(self.recipe, self.description.layout, self.description.start, state)
+        contributions = []
+        for weight, update in zip(weights, updates, strict=True):
+            own = self._sent(update.round, update.node)
+            change = trained.pad(self.up.decode(update.payload, own), own)
+            contributions.append(Contribution(float(weight), change, rank_of(self.spec, update.node)))
+        return contributions
 
     def _is_evaluated(self, round_: int) -> bool:
         return round_ % self.spec.run.evaluate_every == 0 or round_ == self.spec.run.rounds

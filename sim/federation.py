@@ -8,7 +8,8 @@ import numpy as np
 
 from ..client.client import Client, Sites
 from ..client.evaluation import score
-from ..client.models import AdaptedModel, load_model
+from ..client.adapted import AdaptedModel
+from ..client.models import load_model
 from ..client.sources import load_tables
 from ..client.tasks import Examples, Indices
 from ..protocols.errors import DataError, SpecError

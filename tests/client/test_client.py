@@ -16,10 +16,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from fedapt.client.app import client_app
 from fedapt.client.client import Client, Sites
-from fedapt.client.models import AdaptedModel, adapt, orthonormalize_factors
+from fedapt.client.adapted import AdaptedModel, adapt, orthonormalize_factors
 from fedapt.client.tasks import Examples, SequenceClassification
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.downlink import initial_state
+from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.errors import DataError, PayloadError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.recipes import RECIPES

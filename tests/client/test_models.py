@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from fedapt.client.evaluation import score
-from fedapt.client.models import AdaptedModel, adapt, load_model
+from fedapt.client.adapted import AdaptedModel, adapt
+from fedapt.client.models import load_model
 from fedapt.client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification
 from fedapt.client.trainer import Member, Trained, Trainer
 from fedapt.kernels.cohort import Batched, fastest

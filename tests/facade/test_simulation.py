@@ -18,19 +18,29 @@ from fedapt.protocols.recipes import RECIPES
 from fedapt.protocols.spec import RunSpec
 from fedapt.simulation import run
 
+SHORT = {"refresh": ["recipe.period=1"], "fedsvd": ["recipe.period=2"]}
+"""So that two rounds hold a fresh start, and a round without a refactorization."""
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
-def test_plan_announces_the_bytes_that_the_run_counts(tiny: Path, recipe: str, codec: str) -> None:
-    spec = RunSpec.load(tiny, [f"recipe.name={recipe}", f"wire.codec={codec}", "wire.downlink=bf16"])
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[f"recipe.name={name}", *SHORT.get(name, [])] for name in RECIPES]
+    + [["recipe.name=fedit", f"wire.codec={codec}"] for codec in ("fp32", "bf16", "int8", "fp4", "top-k")]
+    + [["recipe.name=ffa", "wire.codec=seed-projection", "wire.values=int8", "wire.coefficients=500"]]
+    + [[f"recipe.name={name}", "adapter.ranks=[1, 2, 4]", "adapter.rank=4"] for name in ("flexlora", "fedsvd")],
+    ids=" ".join,
+)
+def test_plan_announces_the_bytes_that_the_run_counts(tiny: Path, overrides: list[str]) -> None:
+    spec = RunSpec.load(tiny, [*overrides, "wire.downlink=bf16"])
     announced, result = plan(spec), run(spec)
     assert announced.exact_total
     assert announced.down_total == sum(row.get("bytes_down", 0) for row in result.metrics)
     assert announced.up_total == sum(row.get("bytes_up", 0) for row in result.metrics)
 
 
-def test_saved_adapter_gives_the_logits_of_the_runs_own_evaluation(tiny: Path, tmp_path: Path) -> None:
-    result = run(RunSpec.load(tiny), tmp_path / "out")
+@pytest.mark.parametrize("recipe", ["fedsvd", "refresh", "fedex"])
+def test_saved_adapter_gives_the_logits_of_the_runs_own_evaluation(tiny: Path, tmp_path: Path, recipe: str) -> None:
+    result = run(RunSpec.load(tiny, [f"recipe.name={recipe}", *SHORT.get(recipe, [])]), tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(base_folder("builtin:byte-llama"), dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     adapted, examples = result.federation.adapted, result.federation.evaluation
@@ -58,8 +68,9 @@ def test_same_spec_and_seed_give_the_same_bytes(tiny: Path, tmp_path: Path) -> N
     assert second.outcome.complete
 
 
-def test_a_run_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
-    spec = RunSpec.load(tiny)
+@pytest.mark.parametrize("recipe", ["fedsvd", "refresh", "flora", "rolora"])
+def test_a_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, recipe: str) -> None:
+    spec = RunSpec.load(tiny, [f"recipe.name={recipe}", *SHORT.get(recipe, [])])
     run(spec.set("run.rounds=1"), tmp_path / "out")
     resumed = run(spec, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

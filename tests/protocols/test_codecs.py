@@ -5,14 +5,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedapt.protocols.codecs import CODECS, Bf16, Codec, Fp32, Int8
+from fedapt.protocols.codecs import CODECS, Bf16, Codec, Fp4, Fp32, Int8, SeedProjection, TopK, codec_of
+from fedapt.protocols.dense import Codes, Matrix
 from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.layout import AdapterLayout, Flat, Role, TensorSpec
+from fedapt.protocols.spec import Wire
 
 # Beyond these magnitudes fp32 itself loses digits (below) or the rounded value overflows (above).
 NORMAL = st.just(0.0) | st.floats(2.0**-100, 2.0**100, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
-codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
-lossy = pytest.mark.parametrize("codec", [CODECS["bf16"], CODECS["int8"]], ids=["bf16", "int8"])
+COMPOSED: dict[str, Codec] = {
+    "top-k of fp32": TopK(0.1, CODECS["fp32"]),
+    "top-k of int8": TopK(0.6, CODECS["int8"]),
+    "top-k of fp4": TopK(1.0, CODECS["fp4"]),
+    "seed-projection to fp32": SeedProjection(40, CODECS["fp32"]),
+    "seed-projection to fp4": SeedProjection(3, CODECS["fp4"]),
+}
+ALL = CODECS | COMPOSED
+codecs = pytest.mark.parametrize("codec", ALL.values(), ids=ALL.keys())
 
 
 @st.composite
@@ -97,6 +106,55 @@ def one_row(flat: Flat, round_to: np.ufunc) -> bytes:
     return b"".join((scale.astype("<f4").tobytes(), round_to(flat / scale).astype(np.int8).tobytes()))
 
 
+MAGNITUDES = np.array([0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1])
+
+
+@given(coded(), st.integers(0, 2**64))
+def test_fp4_takes_one_of_the_two_magnitudes_around_a_value(case: tuple[AdapterLayout, Flat], key: int) -> None:
+    """The docstring's grid, read plainly; the slack is the rounding of fp32."""
+    layout, flat = case
+    decoded = Fp4().decode(Fp4().encode(flat, layout, key), layout).astype(np.float64)
+    scale = row_maxima(layout, flat).astype(np.float64)
+    grid = MAGNITUDES * scale[:, None]
+    exact = np.abs(flat.astype(np.float64))[:, None]
+    below = np.where(grid <= exact, grid, 0).max(axis=1, initial=0)
+    above = np.where(grid >= exact, grid, np.inf).min(axis=1, initial=np.inf)
+    assert np.all((np.abs(decoded) == below) | (np.abs(decoded) == above))
+    assert np.all((decoded == 0) | (np.sign(decoded) == np.sign(flat)))
+    assert np.all((np.abs(decoded - flat) < np.maximum(exact[:, 0], scale / 64)) | (scale == 0))
+    assert np.all(decoded[scale == 0] == 0)
+
+
+def test_fp4_bytes() -> None:
+    """What lies on the grid is exact: a scale of 4 bytes, then codes from the low half of a byte up."""
+    flat = np.array([4, -2, 0, 1 / 16, -1 / 8], np.float32)
+    payload = Fp4().encode(flat, layout_of(5), 0)
+    assert payload == np.array([4], "<f4").tobytes() + bytes([0xE7, 0x10, 0x0A])
+    assert Fp4().decode(payload, layout_of(5)).tolist() == flat.tolist()
+
+
+@pytest.mark.parametrize(("codes", "count"), [(b"\x08", 1), (b"\x80", 2), (b"\x17", 1), (b"\x77\xf1", 3)])
+def test_fp4_refuses_minus_zero_and_a_code_too_many(codes: bytes, count: int) -> None:
+    scale = np.array([0.5], "<f4").tobytes()
+    assert Fp4().decode(scale + bytes(len(codes)), layout_of(count)).tolist() == [0.0] * count
+    with pytest.raises(PayloadError, match="minus zero, or a code after the last value"):
+        Fp4().decode(scale + codes, layout_of(count))
+
+
+class Fp4Down(Fp4):
+    """A negative control: always the magnitude below, which is a bias."""
+
+    def rounded(self, values: Matrix, random: Matrix) -> Codes:
+        return super().rounded(values, np.ones_like(random))
+
+
+class Fp4Nearest(Fp4):
+    """A second control: rounds to nearest, which is a bias for each single value."""
+
+    def rounded(self, values: Matrix, random: Matrix) -> Codes:
+        return super().rounded(values, np.full_like(random, 0.5))
+
+
 class Truncating(Int8):
     """The negative control: rounds towards zero, which is a bias."""
 
@@ -111,19 +169,46 @@ class Nearest(Int8):
         return one_row(flat, np.rint)
 
 
-def largest_z(codec: Codec, draws: int = 400) -> float:
-    """The largest z-score of a coordinate's mean error; rounding at random has a deviation of at most half a step."""
+def largest_z(codec: Codec, step: float = 1 / 127, draws: int = 400) -> float:
+    """The largest z-score of a coordinate's mean error; rounding at random has a deviation of at most half a step.
+
+    A step is `step` of the largest magnitude; fp4's grows with the value, to at most the value itself.
+    """
     flat = np.random.default_rng(0).standard_normal(200).astype(np.float32)
     layout = layout_of(200)
     errors = [codec.decode(codec.encode(flat, layout, key), layout) - flat.astype(np.float64) for key in range(draws)]
-    step = float(np.abs(flat).max()) / 127
-    return float(np.abs(np.mean(errors, axis=0)).max() / (0.5 * step / np.sqrt(draws)))
+    steps = np.full(200, float(np.abs(flat).max()) * step)
+    if codec.name == "fp4":
+        steps = np.maximum(steps, np.abs(flat))
+    return float(np.abs(np.mean(errors, axis=0) / (0.5 * steps / np.sqrt(draws))).max())
 
 
 def test_int8_is_unbiased_and_the_test_would_see_a_bias() -> None:
     assert largest_z(Int8()) < 5
     assert largest_z(Truncating()) > 10
     assert largest_z(Nearest()) > 10
+
+
+def test_fp4_is_unbiased_and_the_test_would_see_a_bias() -> None:
+    assert largest_z(Fp4(), step=1 / 64) < 5
+    assert largest_z(Fp4Down(), step=1 / 64) > 10
+    assert largest_z(Fp4Nearest(), step=1 / 64) > 10
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1e30, 1e37])
+@codecs
+def test_magnitudes_at_the_ends_of_fp32_arrive(codec: Codec, magnitude: float) -> None:
+    flat = np.array([magnitude, -magnitude, magnitude / 3, 0], np.float32)
+    decoded = codec.decode(codec.encode(flat, layout_of(4), 1), layout_of(4))
+    assert np.abs(decoded).max() < 16 * magnitude
+    assert magnitude < 1e-40 or np.abs(decoded).max() > magnitude / 16
+
+
+@codecs
+def test_zero_is_coded_exactly(codec: Codec) -> None:
+    layout = layout_of(37, 3, role="B")
+    zero = np.zeros(layout.size, np.float32)
+    assert np.array_equal(codec.decode(codec.encode(zero, layout, 5), layout), zero)
 
 
 def test_int8_rounds_by_key() -> None:
@@ -160,11 +245,19 @@ def test_a_wrong_length_is_refused(codec: Codec, case: tuple[AdapterLayout, Flat
 
 @codecs
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(codec: Codec, value: float) -> None:
-    first = np.array([value], "<f4").tobytes()
-    payload = {"fp32": first + bytes(4), "bf16": first[2:] + bytes(2), "int8": first + bytes(2)}[codec.name]
+def test_values_that_are_not_finite_travel_and_are_refused(codec: Codec, value: float) -> None:
+    flat = np.array([1, 2, value, 4], np.float32)
     with pytest.raises(PayloadError, match="NaN or infinity"):
-        codec.decode(payload, layout_of(2))
+        codec.decode(codec.encode(flat, layout_of(4), 0), layout_of(4))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
+def test_planted_values_that_are_not_finite_are_refused(codec: Codec, value: float) -> None:
+    first = np.array([value], "<f4").tobytes()
+    payloads = {"fp32": first + bytes(4), "bf16": first[2:] + bytes(2), "int8": first + bytes(2), "fp4": first + b"\0"}
+    with pytest.raises(PayloadError, match="NaN or infinity"):
+        codec.decode(payloads[codec.name], layout_of(2))
 
 
 def test_int8_refuses_minus_128_a_negative_scale_and_an_overflow() -> None:
@@ -190,3 +283,23 @@ def test_any_bytes_decode_to_finite_values_or_are_refused(
         return
     assert decoded.shape == (layout.size,)
     assert np.isfinite(decoded).all()
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"])
+def test_a_spec_names_its_codec(name: str) -> None:
+    assert codec_of(Wire.model_validate({"codec": name})).name == name
+
+
+def test_a_codec_reads_its_own_keys() -> None:
+    """Sizes over 10 000 values: the default, then with each key changed."""
+    layout = layout_of(10_000)
+
+    def size(**keys: object) -> int:
+        return codec_of(Wire.model_validate(keys)).size(layout)
+
+    assert size(codec="seed-projection") == 8 + 4 * 4096
+    assert size(codec="seed-projection", coefficients=100) == 8 + 4 * 100
+    assert size(codec="seed-projection", coefficients=100, values="bf16") == 8 + 2 * 100
+    assert size(codec="top-k", density=0.01) < size(codec="top-k") / 8
+    assert size(codec="top-k", values="bf16") == size(codec="top-k") - 2 * 1000
+    assert size(codec="int8", density=0.01, coefficients=1, values="fp4") == 10_000 + 4

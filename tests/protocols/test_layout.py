@@ -8,10 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedapt.protocols.errors import PayloadError
-from fedapt.protocols.layout import A_SUFFIX, B_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Role, TensorSpec
+from fedapt.protocols.layout import (
+    A_SUFFIX,
+    B_SUFFIX,
+    FROZEN_A_SUFFIX,
+    FROZEN_B_SUFFIX,
+    ROTATION_SUFFIX,
+    AdapterLayout,
+    Role,
+    TensorSpec,
+)
 
 layouts = st.from_type(AdapterLayout)
-roles: st.SearchStrategy[Role] = st.sampled_from(["A", "B", "other"])
+roles: st.SearchStrategy[Role] = st.sampled_from(["A", "B", "frozen", "other"])
+ranks = st.integers(0, 6)
 
 
 def lora(module: str, rank: int = 2, inputs: int = 3, outputs: int = 4) -> list[TensorSpec]:
@@ -75,6 +85,71 @@ def test_rotations_stand_in_for_the_factors_a(layout: AdapterLayout) -> None:
     assert rotations == {p.module + ROTATION_SUFFIX: (p.rank, p.rank) for p in layout.pairs}
     kept = [t for t in rotated.tensors if t.name not in rotations]
     assert kept == [t for t in layout.tensors if t.role != "A"]
+
+
+@given(layouts, ranks)
+def test_at_a_rank_each_factor_has_its_leading_components(layout: AdapterLayout, rank: int) -> None:
+    for whole in (layout, layout.with_rotations()):
+        smaller, flat = whole.at_rank(rank), flat_of(whole)
+        assert [t.name for t in smaller.tensors] == [t.name for t in whole.tensors]
+        cut, tensors = smaller.split(whole.cut(flat, smaller)), whole.split(flat)
+        for t in whole.tensors:
+            expected = tensors[t.name]
+            if rank and t.name.endswith((A_SUFFIX, ROTATION_SUFFIX)):
+                expected = expected[:rank]
+            elif rank and t.name.endswith(B_SUFFIX):
+                expected = expected[:, :rank]
+            assert np.array_equal(cut[t.name], expected)
+
+
+@given(layouts, ranks)
+def test_what_is_cut_and_padded_is_zero_beyond_the_rank(layout: AdapterLayout, rank: int) -> None:
+    smaller, flat = layout.at_rank(rank), flat_of(layout) + 1
+    padded = layout.pad(layout.cut(flat, smaller), smaller)
+    assert np.array_equal(layout.cut(padded, smaller), layout.cut(flat, smaller))
+    assert set(np.unique(padded[padded != flat])) <= {0.0}
+    assert np.count_nonzero(padded) == smaller.size
+    if rank == 0 or rank >= 5:
+        assert smaller == layout
+        assert np.array_equal(padded, flat)
+
+
+def test_a_part_pads_to_the_whole_as_well() -> None:
+    layout = AdapterLayout([*lora("m"), TensorSpec("s", (), "other")])
+    part = layout.select({"B", "other"})
+    padded = layout.pad(flat_of(part) + 1, part)
+    assert np.array_equal(layout.cut(padded, part), flat_of(part) + 1)
+    assert not layout.split(padded)["m" + A_SUFFIX].any()
+    with pytest.raises(PayloadError, match="does not fit"):
+        layout.pad(np.zeros(part.size + 1, np.float32), part)
+
+
+@given(layouts, ranks, ranks)
+def test_frozen_factors_stand_beside_each_pair(layout: AdapterLayout, budget: int, filled: int) -> None:
+    whole = layout.with_frozen(budget)
+    assert whole.pairs == layout.pairs
+    assert AdapterLayout(t for t in whole.tensors if t.role != "frozen") == layout
+    shapes = {t.name: t.shape for t in whole.select({"frozen"}).tensors}
+    assert shapes == {
+        name: shape
+        for pair in layout.pairs
+        for name, shape in (
+            (pair.module + FROZEN_B_SUFFIX, (pair.b.shape[0], budget)),
+            (pair.module + FROZEN_A_SUFFIX, (budget, pair.a.shape[1])),
+        )
+    }
+    assert all(pair.frozen[0] in shapes and pair.frozen[1] in shapes for pair in layout.pairs)
+    assert whole.frozen_at(filled) == layout.with_frozen(min(budget, filled))
+    assert whole.at_rank(2) == layout.at_rank(2).with_frozen(budget), "a node's rank is of what it trains"
+
+
+def test_a_tensor_that_is_no_factor_keeps_its_shape_at_any_rank() -> None:
+    for spec in (
+        TensorSpec("m" + A_SUFFIX, (7, 3), "other"),  # a factor of DoRA, say
+        TensorSpec("m" + A_SUFFIX, (7, 3, 3), "A"),
+        TensorSpec("score.weight", (7, 7), "other"),
+    ):
+        assert spec.at_rank(2) == spec
 
 
 @given(layouts)

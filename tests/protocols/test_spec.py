@@ -34,6 +34,10 @@ dropout = 0.1
 
 [recipe]
 name = "fedsvd"
+period = 2
+budget = 16
+aggregator = "clip"
+byzantine = 0.1
 weighting = "uniform"
 initial_a = "orthonormal"
 optimizer = "nesterov"
@@ -59,6 +63,9 @@ unit = "none"
 [wire]
 codec = "int8"
 downlink = "bf16"
+density = 0.05
+coefficients = 100
+values = "bf16"
 
 [data]
 source = "train.jsonl"
@@ -109,7 +116,7 @@ def test_the_least_spec_is_complete() -> None:
 
 SECTION_MISTAKES = [
     ("[run]\nround = 3", 'run.round = 3: unknown key; did you mean "rounds"?'),
-    ("[adapter]\nzzz = 1", "adapter.zzz = 1: unknown key; the keys here are method, rank, alpha, "),
+    ("[adapter]\nzzz = 1", "adapter.zzz = 1: unknown key; the keys here are method, rank, ranks, alpha, "),
     ("[locl]\nsteps = 1", """locl = {'steps': 1}: unknown key; did you mean "local"?"""),
     ('[data]\nsource = "x"\n[data.partition]\nclient = 3', 'data.partition.client = 3: unknown key; did you mean "cli'),
     ("[run]\nrounds = 0", "run.rounds = 0: input should be greater than or equal to 1"),
@@ -119,7 +126,15 @@ SECTION_MISTAKES = [
     ('[run]\nname = "../up"', "run.name = '../up': string should match pattern"),
     ("[adapter]\nalpha = 0", "adapter.alpha = 0: input should be greater than 0"),
     ("[adapter]\ndropout = 1.0", "adapter.dropout = 1.0: input should be less than 1"),
-    ('[adapter]\nmethod = "loar"', """adapter.method = 'loar': input should be 'lora' (did you mean "lora"?)"""),
+    ("[adapter]\nrank = 8\nranks = [2, 4]", "[adapter] rank = 8 is not the largest of ranks = [2, 4]: set rank = 4"),
+    ("[adapter]\nranks = [0, 8]", "adapter.ranks = 0: input should be greater than or equal to 1"),
+    ('[adapter]\nmethod = "dora"\ndropout = 0.1', 'dropout = 0.1 is illegal with method = "dora"'),
+    ("[recipe]\nbudget = 0", "recipe.budget = 0: input should be greater than or equal to 1"),
+    ("[recipe]\nperiod = 0", "recipe.period = 0: input should be greater than or equal to 1"),
+    ("[recipe]\nbyzantine = 0.5", "recipe.byzantine = 0.5: input should be less than 0.5"),
+    ('[recipe]\naggregator = "meadian"', """(did you mean "median"?)"""),
+    ("[wire]\ndensity = 0", "wire.density = 0: input should be greater than 0"),
+    ('[adapter]\nmethod = "loar"', """'head' or 'full' (did you mean "lora"?)"""),
     ('[adapter]\ntargets = "all-linar"', "adapter.targets = 'all-linar': input should be 'all-linear' (did you mean"),
     ('[adapter]\ntargets = ["q", 5]', "adapter.targets = 5: input should be a valid string"),
     ("[adapter]\ntargets = 5", "adapter.targets = 5: input should be a valid"),
@@ -132,7 +147,10 @@ SECTION_MISTAKES = [
         '[privacy]\nunit = "clients"',
         """privacy.unit = 'clients': input should be 'none', 'example' or 'client' (did yo""",
     ),
-    ('[wire]\ncodec = "int4"', """input should be 'fp32', 'bf16' or 'int8' (did you mean "int8"?)"""),
+    (
+        '[wire]\ncodec = "int4"',
+        """input should be 'fp32', 'bf16', 'int8', 'fp4', 'top-k' or 'seed-projection' (did you mean "int8"?)""",
+    ),
     ('[wire]\ndownlink = "int8"', "wire.downlink = 'int8': input should be 'fp32' or 'bf16'"),
     ("[data]\nlimit = 3", "data.source: missing; it must be set"),
     ("[local]\nsteps = 1\nepochs = 1", "[local] steps and epochs are both set: keep one of them"),

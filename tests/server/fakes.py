@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.downlink import whole_adapter
+from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.keys import derive, generator
 from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
-from fedapt.protocols.recipes import recipe_of
+from fedapt.protocols.legality import recipe_of
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Description, Update, version_of
 from fedapt.server.coordinator import Coordinator

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.downlink import whole_adapter
+from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.recipes import RECIPES

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from fedapt.client.app import client_app
 from fedapt.outputs import spec_toml
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.downlink import initial_state
+from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.errors import RunError
 from fedapt.protocols.records import (
     DESCRIBE,

@@ -1,0 +1,157 @@
+"""TREC over twenty skewed sites of four ranks: accuracy, bytes and aggregation error of every method, three seeds each.
+
+    python benchmarks/trec.py --model MODEL_FOLDER --data TREC_FOLDER [--minutes 60]
+    python benchmarks/trec.py --table
+
+MODEL_FOLDER is an ordinary Hugging Face encoder; TREC_FOLDER holds train.jsonl and test.jsonl. Every method first tries
+RATES on seed 0 with a tenth of the training data held out; the best rate is then run on seeds 1, 2 and 3 and scored on
+test after the last round, once. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at
+any time (`--minutes` stops it before a run that would start later).
+
+Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, about the mean. Codecs run on `fedsvd`
+without mixed ranks, adapter kinds on `fedit`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.spec import RunSpec
+from fedapt.simulation import run
+
+HERE = Path(__file__).parent
+SPEC = HERE.parent / "examples/trec.toml"
+RATES = (5e-4, 2e-3, 8e-3)
+SEEDS = (1, 2, 3)
+ONE_RANK = ("adapter.rank=8", "adapter.ranks=[]", "adapter.alpha=8")
+CODECS = {
+    "bf16": (),
+    "int8": (),
+    "fp4": (),
+    "top-k": ("wire.density=0.1", "wire.values=int8"),
+    "seed-projection": ("wire.coefficients=16384",),
+}
+KINDS = ("dora", "ia3", "vera", "adalora", "prompt", "bias", "head", "bottleneck", "full")
+
+
+def methods() -> dict[str, tuple[str, ...]]:
+    """Name of each line of the table ⇒ its overrides of the spec."""
+    recipes = {
+        name: (f"recipe.name={name}", *(() if recipe.mixes_ranks else ONE_RANK)) for name, recipe in RECIPES.items()
+    }
+    codecs = {
+        f"fedsvd, {codec}": ("recipe.name=fedsvd", *ONE_RANK, f"wire.codec={codec}", *more)
+        for codec, more in {"fp32": (), **CODECS}.items()
+    }
+    kinds = {f"fedit, {kind}": ("recipe.name=fedit", *ONE_RANK, f"adapter.method={kind}") for kind in KINDS}
+    return recipes | codecs | kinds
+
+
+Point = tuple[str, str, float, int]
+"""Phase, method, rate, seed."""
+
+
+def todo(rows: list[dict[str, Any]]) -> Iterator[Point]:
+    """What is still to run, a method at a time: it is tested when its tuning is whole."""
+    done = {(row["phase"], row["method"], row["rate"], row["seed"]) for row in rows}
+    for method in methods():
+        rate = best_rate(rows, method)
+        tuning: list[Point] = [("tune", method, rate, 0) for rate in RATES]
+        testing: list[Point] = [("test", method, rate, seed) for seed in SEEDS] if rate else []
+        yield from (point for point in tuning + testing if point not in done)
+
+
+def best_rate(rows: list[dict[str, Any]], method: str) -> float | None:
+    own = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
+    return max(own, key=lambda row: row["accuracy"])["rate"] if len(own) == len(RATES) else None
+
+
+def measure(point: Point, model: Path, data: Path) -> dict[str, Any]:
+    phase, method, rate, seed = point
+    spec = RunSpec.load(
+        SPEC,
+        [
+            f"run.seed={seed}",
+            f"local.learning_rate={rate}",
+            f"model.base='{model.resolve()}'",
+            f"data.source='{(data / 'train.jsonl').resolve()}'",
+            f"data.evaluation='{(data / 'test.jsonl').resolve()}'",
+            *methods()[method],
+        ],
+    )
+    if phase == "tune":
+        assert spec.data is not None
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"evaluation": None})})
+    started = time.perf_counter()
+    result = run(spec)
+    last = result.metrics[-1]
+    return {
+        "phase": phase,
+        "method": method,
+        "rate": rate,
+        "seed": seed,
+        "accuracy": last["evaluation"]["accuracy"],
+        "loss": last["evaluation"]["loss"],
+        "bytes_up": sum(row.get("bytes_up", 0) for row in result.metrics),
+        "bytes_down": sum(row.get("bytes_down", 0) for row in result.metrics),
+        "error": statistics.mean(row["aggregation_error"] for row in result.metrics[1:]),
+        "effective_rank": last["effective_rank"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean ± sd of the test accuracy over the seeds that are there."""
+    lines = [
+        "| method | rate | test accuracy | seeds | MB up | MB down | aggregation error | effective rank |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in methods():
+        own = [row for row in rows if row["phase"] == "test" and row["method"] == method]
+        if not own:
+            continue
+        accuracy = [100 * row["accuracy"] for row in own]
+        spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""
+
+        def mean(key: str, own: list[dict[str, Any]] = own) -> float:
+            return statistics.mean(row[key] for row in own)
+
+        lines.append(
+            f"| {method} | {own[0]['rate']:g} | {statistics.mean(accuracy):.1f}{spread} | {len(own)} "
+            f"| {mean('bytes_up') / 1e6:.2f} | {mean('bytes_down') / 1e6:.2f} | {mean('error'):.1e} "
+            f"| {mean('effective_rank'):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--rows", type=Path, default=HERE / "results/trec.jsonl")
+    options = parser.parse_args()
+    if not options.table and not (options.model and options.data):
+        parser.error("--model and --data are needed, or --table")
+    started = time.monotonic()
+    rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
+    while not options.table and time.monotonic() - started < 60 * options.minutes:
+        point = next(todo(rows), None)
+        if point is None:
+            break
+        rows.append(measure(point, options.model, options.data))
+        with options.rows.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        phase, method, rate, seed = point
+        print(f"{phase} {method} rate {rate:g} seed {seed}: {rows[-1]['accuracy']:.4f} in {rows[-1]['seconds']:.0f} s")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

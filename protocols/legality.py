@@ -1,0 +1,140 @@
+"""What a spec may combine with its recipe: checked before anything runs, each refusal with the nearest legal choice."""
+
+from typing import Literal
+
+from .errors import SpecError
+from .keys import derive
+from .recipes import Recipe, recipe_named
+from .spec import RunSpec
+
+
+def recipe_of(spec: RunSpec) -> Recipe:
+    """The spec's recipe. Raises SpecError for an unknown name or a combination that would be wrong."""
+    recipe = recipe_named(spec.recipe.name)
+    problems = illegal(spec, recipe)
+    if problems:
+        raise SpecError("\n".join(problems))
+    return recipe
+
+
+def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
+    """Every reason why `spec` may not run with `recipe`, each with the nearest legal choice."""
+    return [
+        *_of_the_step(spec, recipe),
+        *_of_the_adapter(spec, recipe),
+        *_of_the_aggregator(spec, recipe),
+        *_of_the_wire(spec, recipe),
+        *_of_unused_keys(spec, recipe),
+    ]
+
+
+def initial_a(spec: RunSpec) -> Literal["kaiming", "orthonormal"]:
+    """How A is drawn at the start of the run."""
+    return spec.recipe.initial_a or recipe_of(spec).initial_a[0]
+
+
+def rank_of(spec: RunSpec, node: int) -> int:
+    """The rank that a node can afford: one of `adapter.ranks` by key; 0 where they are not mixed (the adapter's own)."""
+    ranks = spec.adapter.ranks
+    return ranks[derive(spec.run.seed, "rank", node) % len(ranks)] if ranks else 0
+
+
+def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
+    problems = []
+    if spec.recipe.optimizer not in recipe.server_optimizers:
+        why = "the aggregate is the next adapter itself, not a step towards it"
+        if recipe.refactorizes:
+            why = "its state lives in A's basis, which rotates each round, and elementwise scaling does not rotate"
+        if recipe.alternates:
+            why = "its memory would move the factor that a round keeps fixed"
+        problems.append(
+            f'recipe.optimizer = "{spec.recipe.optimizer}" is illegal with {recipe.name}: {why}. '
+            f'Nearest legal: "{recipe.server_optimizers[-1]}".'
+        )
+    if recipe.replaces and spec.recipe.learning_rate != 1.0:
+        problems.append(
+            f"recipe.learning_rate = {spec.recipe.learning_rate} is illegal with {recipe.name}: a part of a step "
+            "between two factorizations means nothing. Nearest legal: 1.0."
+        )
+    if spec.privacy.unit not in recipe.units:
+        problems.append(
+            f'privacy.unit = "{spec.privacy.unit}" is not offered by {recipe.name} in this version. '
+            f'Nearest legal: "{recipe.units[0]}" (no formal guarantee).'
+        )
+    return problems
+
+
+def _of_the_adapter(spec: RunSpec, recipe: Recipe) -> list[str]:
+    problems = []
+    if spec.adapter.method != "lora" and recipe.name != "fedit":
+        problems.append(
+            f'recipe.name = "{recipe.name}" is illegal with adapter.method = "{spec.adapter.method}": the recipe works '
+            'on the factors of ΔW = B·A, which this method does not have. Nearest legal: "fedit", the mean of what is '
+            "trained."
+        )
+    if spec.recipe.initial_a not in (None, *recipe.initial_a):
+        problems.append(
+            f'recipe.initial_a = "{spec.recipe.initial_a}" is illegal with {recipe.name}. '
+            f'Nearest legal: "{recipe.initial_a[0]}".'
+        )
+    if spec.adapter.ranks and not recipe.mixes_ranks:
+        other = 'recipe.name = "flexlora", or ' if spec.adapter.method == "lora" else ""
+        problems.append(
+            f"adapter.ranks = {list(spec.adapter.ranks)} is illegal with {recipe.name}: it needs one rank, because it "
+            f"adds factors component by component. Nearest legal: {other}no ranks."
+        )
+    if spec.adapter.ranks and spec.adapter.start:
+        problems.append(
+            f'adapter.start = "{spec.adapter.start}" is illegal with adapter.ranks: the first components of its '
+            "factors are not its best part. Nearest legal: one rank."
+        )
+    if recipe.has_frozen and spec.adapter.start:
+        problems.append(
+            f'adapter.start = "{spec.adapter.start}" is illegal with {recipe.name}: it has frozen factors of its own. '
+            f'Nearest legal: recipe.name = "{"ffa" if recipe.refreshes else "flexlora"}".'
+        )
+    return problems
+
+
+ON_ENTRIES = ("median", "trimmed-mean", "ties", "breadcrumbs", "pcb")
+"""Aggregators that look at each number for itself."""
+
+
+def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
+    name = spec.recipe.aggregator
+    why = ""
+    if name in ON_ENTRIES and "A" in recipe.trains and not recipe.alternates and spec.adapter.method == "lora":
+        why = "an entry of A or B means something only in the basis that a node trained in, and each has its own"
+    elif name in ON_ENTRIES and spec.adapter.ranks:
+        why = "nodes of a small rank do not send all entries"
+    elif name == "clip" and recipe.replaces:
+        why = "weights that sum to less than 1 shrink the adapter, not the step"
+    nearest = "geometric-median"
+    if name != "mean" and recipe.averages == "by-norm":
+        why, nearest = f"{recipe.name} gives the weights itself, by a norm that any node can make large", "mean"
+    return [f'recipe.aggregator = "{name}" is illegal here: {why}. Nearest legal: "{nearest}".'] if why else []
+
+
+def _of_the_wire(spec: RunSpec, recipe: Recipe) -> list[str]:
+    if spec.wire.codec != "top-k":
+        return []
+    why = ""
+    if recipe.replaces or recipe.alternates or recipe.refreshes:
+        why = f"{recipe.name} gives nodes other factors from round to round, where an old residual means nothing"
+    elif spec.adapter.ranks:
+        why = "nodes of different ranks would keep residuals of different shapes"
+    return [f'wire.codec = "top-k" is illegal here: {why}. Nearest legal: "fp4".'] if why else []
+
+
+def _of_unused_keys(spec: RunSpec, recipe: Recipe) -> list[str]:
+    problems = []
+    if spec.recipe.period is not None and not (recipe.refactorizes or recipe.refreshes):
+        problems.append(f"recipe.period = {spec.recipe.period}: {recipe.name} has no period; remove the key.")
+    if spec.recipe.budget is not None and not (recipe.has_frozen or recipe.residual == "server"):
+        problems.append(f"recipe.budget = {spec.recipe.budget}: {recipe.name} has no budget; remove the key.")
+    if recipe.refreshes and spec.recipe.budget is not None and spec.recipe.budget < spec.adapter.rank:
+        problems.append(
+            f"recipe.budget = {spec.recipe.budget} is below adapter.rank = {spec.adapter.rank}: not one fresh start "
+            f"fits. Nearest legal: {spec.adapter.rank}."
+        )
+    return problems

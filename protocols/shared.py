@@ -1,0 +1,79 @@
+"""What both sides know of a run's adapter: what travels in a round, and how the whole is rebuilt from it.
+
+The server's state *is* the vector that nodes receive: all tensors that have changed since the start, in their
+smallest form. What never changes (FFA's A), changes by a rotation alone (FedSVD's A) or is drawn by key (the A's of
+`refresh`) is rebuilt from the start, which every node holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .layout import A_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair
+from .recipes import Recipe
+from .spec import Recipe as Settings
+
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class SharedAdapter:
+    """The recipe and its settings, the layout, and the start: the same at every node and at the server.
+
+    `start` is fp32 over `layout`.
+    """
+
+    recipe: Recipe
+    settings: Settings
+    layout: AdapterLayout
+    start: Flat
+
+    def received(self, round_: int, rank: int = 0) -> AdapterLayout:
+        """What a node of this rank (0: the adapter's own) receives for a round, counted from 1."""
+        return self.recipe.downlink(self.layout, round_, self.settings).at_rank(rank)
+
+    def sent(self, round_: int, rank: int = 0) -> AdapterLayout:
+        """What a node of this rank trains and sends in a round."""
+        return self.recipe.trained(self.layout, round_).at_rank(rank)
+
+    def initial_state(self) -> Flat:
+        """The state that round 1 starts from: the start itself, every rotation the identity."""
+        tensors = self.layout.split(self.start)
+        for pair in self.layout.pairs:
+            tensors[pair.module + ROTATION_SUFFIX] = np.eye(pair.rank, dtype=np.float32)
+        return self.received(1).join({t.name: _leading(tensors[t.name], t.shape) for t in self.received(1).tensors})
+
+    def whole(self, state: Flat, round_: int) -> Flat:
+        """The whole adapter, fp32, (layout.size,), that the state at the start of a round stands for."""
+        received = self.received(round_).split(state)
+        tensors = self.layout.split(self.start.copy())
+        for name, view in tensors.items():
+            if name in received:
+                _leading(view, received[name].shape)[...] = received[name]
+        for pair in self.layout.pairs:
+            if self.recipe.refreshes:
+                self._turn_page(pair, tensors, round_)
+        for module, rotation in self.rotations(state, round_).items():
+            tensors[module + A_SUFFIX][...] = rotation @ tensors[module + A_SUFFIX]
+        return self.layout.join(tensors)
+
+    def rotations(self, state: Flat, round_: int) -> dict[str, Matrix]:
+        """Module ⇒ the (r, r) rotation of its A since the start; empty where no basis turns."""
+        if not self.recipe.refactorizes:
+            return {}
+        received = self.received(round_).split(state)
+        return {pair.module: received[pair.module + ROTATION_SUFFIX] for pair in self.layout.pairs}
+
+    def _turn_page(self, pair: Pair, tensors: Mapping[str, Matrix], round_: int) -> None:
+        """`refresh`: the start holds the A of every fresh start, the first one as A, the later ones as the frozen A."""
+        frozen = tensors[pair.frozen[1]]
+        drawn = np.concatenate([tensors[pair.a.name], frozen])
+        first = self.recipe.refreshed(self.layout, round_, self.settings) * pair.rank
+        tensors[pair.a.name][...] = drawn[first : first + pair.rank]
+        frozen[...] = drawn[: len(frozen)]
+
+
+def _leading(tensor: Matrix, shape: tuple[int, ...]) -> Matrix:
+    return tensor[(*(slice(n) for n in shape), ...)]  # the dots make a view of a scalar, too

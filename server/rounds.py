@@ -1,0 +1,93 @@
+"""The updates of a round beside what they started from, as a whole and module by module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.lowrank import LowRank, Matrix, weighted_sum
+from ..protocols.layout import AdapterLayout, Flat, Pair
+
+
+ROUNDING = 1e-9
+"""What a sum of weights may miss of 1."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One admitted and decoded update: `change` is fp32 over the recipe's trained layout, zero beyond the node's
+    `rank` (0: the adapter's own). Weights of a round sum to 1."""
+
+    weight: float
+    change: Flat
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module in a round, float64: the factors it started from, and each node's after training.
+
+    A node's factors are cut at its rank, but where all nodes share one A: there a node leaves the columns of B that
+    it was not sent as they were.
+    """
+
+    pair: Pair
+    start: LowRank
+    ended: list[LowRank]
+    weights: list[float]
+
+    def mean(self) -> LowRank:
+        """`Σ w_k·B_k·A_k`; its rank stays r where all nodes share one A.
+
+        Weights that sum to less than 1, as clipping gives, take a step of that size: the rest stays at the start.
+        """
+        terms = list(zip(self.weights, self.ended, strict=True))
+        rest = 1.0 - sum(self.weights)
+        if rest > ROUNDING:
+            terms.append((rest, self.start))
+        if any(product.a is not self.start.a for product in self.ended):
+            return weighted_sum(terms)
+        b = sum((weight * product.b for weight, product in terms), np.zeros_like(self.start.b))
+        return LowRank(b, self.start.a)
+
+    def unsent(self) -> list[tuple[float, LowRank]]:
+        """The parts of the start that nodes of a smaller rank were not sent, each with the weight of those nodes."""
+        parts: dict[int, float] = {}
+        for weight, product in zip(self.weights, self.ended, strict=True):
+            if product.rank < self.pair.rank:
+                parts[product.rank] = parts.get(product.rank, 0.0) + weight
+        return [(weight, LowRank(self.start.b[:, rank:], self.start.a[rank:])) for rank, weight in parts.items()]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The updates of a round beside what they started from: `adapter` is fp32 over the whole `layout`."""
+
+    layout: AdapterLayout
+    trained: AdapterLayout
+    adapter: Flat
+    contributions: Sequence[Contribution]
+
+    def mean(self) -> Flat:
+        """The weighted mean of the changes, each tensor for itself; fp32 over `trained`."""
+        total = np.zeros(self.trained.size, np.float64)
+        for contribution in self.contributions:
+            total += contribution.weight * contribution.change.astype(np.float64)
+        return total.astype(np.float32)
+
+    def changes(self) -> Matrix:
+        """All changes, fp32, (K, trained.size)."""
+        return np.stack([c.change for c in self.contributions])
+
+    def module(self, pair: Pair) -> Module:
+        start = self.layout.split(self.adapter)
+        b, a = (start[spec.name].astype(np.float64) for spec in (pair.b, pair.a))
+        shares_a = pair.a.name not in self.trained.offsets
+        ended = []
+        for contribution in self.contributions:
+            change = self.trained.split(contribution.change)
+            rank = pair.rank if shares_a else min(contribution.rank or pair.rank, pair.rank)
+            own_b = b + change[pair.b.name] if pair.b.name in change else b
+            own_a = a if shares_a else a + change[pair.a.name]
+            ended.append(LowRank(own_b[:, :rank], own_a if rank == len(own_a) else own_a[:rank]))
+        return Module(pair, LowRank(b, a), ended, [c.weight for c in self.contributions])

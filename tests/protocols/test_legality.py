@@ -1,0 +1,164 @@
+"""Every refusal names the value, why, and the nearest legal choice, which is legal itself."""
+
+import pytest
+
+from fedapt.protocols.errors import SpecError
+from fedapt.protocols.legality import ON_ENTRIES, illegal, initial_a, rank_of, recipe_of
+from fedapt.protocols.recipes import RECIPES, Recipe
+from fedapt.protocols.spec import RunSpec
+
+recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+REPLACED = ("flexlora", "flora", "fedex", "lora-fair", "hetlora")
+"""Recipes whose aggregate is the next adapter."""
+
+BOTH_FACTORS = (*REPLACED, "fedit")
+REMOVED = "(the key is removed)"
+
+
+def spec_of(recipe: str, *overrides: str) -> RunSpec:
+    spec = RunSpec.parse('[model]\nbase = "m"\ntask = "causal-lm"')
+    return spec.set(f"recipe.name={recipe}", *overrides)
+
+
+def refusals(recipe: str, key: str, refused: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    return [(recipe, key, value, way_out) for value, way_out in refused.items()]
+
+
+ILLEGAL = [
+    ("fedsvd", "recipe.optimizer", "adam", "recipe.optimizer=novograd"),
+    ("fedsvd", "recipe.initial_a", "kaiming", "recipe.initial_a=orthonormal"),
+    ("refresh", "recipe.initial_a", "kaiming", "recipe.initial_a=orthonormal"),
+    *((name, "recipe.initial_a", "orthonormal", "recipe.initial_a=kaiming") for name in (*BOTH_FACTORS, "rolora")),
+    *(
+        (name, "recipe.optimizer", optimizer, "recipe.optimizer=sgd")
+        for name in (*REPLACED, "rolora")
+        for optimizer in ("nesterov", "novograd", "adam")
+    ),
+    *((name, "recipe.learning_rate", "0.5", "recipe.learning_rate=1.0") for name in REPLACED),
+    *((name, "privacy.unit", unit, "privacy.unit=none") for name in RECIPES for unit in ("example", "client")),
+    *(
+        (name, "adapter.method", method, "recipe.name=fedit")
+        for name in RECIPES
+        if name != "fedit"
+        for method in ("dora", "ia3", "bottleneck", "head")
+    ),
+    *(
+        (name, "adapter.ranks", "[4, 8]", way_out)
+        for name, recipe in RECIPES.items()
+        if not recipe.mixes_ranks
+        for way_out in ("recipe.name=flexlora", "adapter.ranks=[]")
+    ),
+    ("refresh", "adapter.start", "warm", "recipe.name=ffa"),
+    ("fedex", "adapter.start", "warm", "recipe.name=flexlora"),
+    *(
+        (name, "recipe.aggregator", rule, "recipe.aggregator=geometric-median")
+        for name in BOTH_FACTORS
+        if name != "hetlora"
+        for rule in ON_ENTRIES
+    ),
+    *((name, "recipe.aggregator", "clip", "recipe.aggregator=geometric-median") for name in REPLACED[:-1]),
+    *(
+        ("hetlora", "recipe.aggregator", rule, "recipe.aggregator=mean")
+        for rule in (*ON_ENTRIES, "clip", "krum", "multi-krum", "geometric-median")
+    ),
+    *((name, "wire.codec", "top-k", "wire.codec=fp4") for name in (*REPLACED, "rolora", "refresh")),
+    *((name, "recipe.period", "3", REMOVED) for name in RECIPES if name not in ("fedsvd", "refresh")),
+    *((name, "recipe.budget", "16", REMOVED) for name in RECIPES if name not in ("refresh", "fedex", "flora")),
+    ("refresh", "recipe.budget", "7", "recipe.budget=8"),
+]
+IDS = [f"{name}-{key}-{value}" for name, key, value, _ in ILLEGAL]
+
+CHOICES = {
+    "recipe.optimizer": ["sgd", "nesterov", "novograd", "adam"],
+    "recipe.initial_a": ["kaiming", "orthonormal"],
+    "recipe.learning_rate": ["0.5", "1.0"],
+    "privacy.unit": ["none", "example", "client"],
+    "adapter.method": ["lora", "dora", "ia3", "bottleneck", "head"],
+    "adapter.ranks": ["[]", "[4, 8]"],
+    "adapter.start": ["warm"],
+    "recipe.aggregator": ["mean", "krum", "multi-krum", "geometric-median", "clip", *ON_ENTRIES],
+    "wire.codec": ["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"],
+    "recipe.period": ["3"],
+    "recipe.budget": ["7", "8", "16"],
+}
+
+
+@pytest.mark.parametrize(("recipe", "key", "value", "way_out"), ILLEGAL, ids=IDS)
+def test_a_refusal_names_the_value_and_the_nearest_legal_one(recipe: str, key: str, value: str, way_out: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        recipe_of(spec_of(recipe, f"{key}={value}"))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert key in line
+    assert value in line
+    if way_out == REMOVED:
+        assert "remove the key" in line
+        return
+    other_key, _, nearest = way_out.partition("=")
+    assert (nearest.strip("[]") or "no ranks") in line.partition("Nearest legal: ")[2]
+    if other_key != key:
+        assert line.startswith((f"{key} = ", f"{other_key} = "))
+
+
+@pytest.mark.parametrize(("recipe", "key", "value", "way_out"), ILLEGAL, ids=IDS)
+def test_the_nearest_legal_choice_is_legal(recipe: str, key: str, value: str, way_out: str) -> None:
+    given = [] if way_out == REMOVED else [f"{key}={value}", way_out]
+    spec = spec_of(recipe, *given)
+    assert recipe_of(spec).name == spec.recipe.name
+
+
+@recipes
+def test_the_illegal_table_is_whole(recipe: Recipe) -> None:
+    """What is refused is what the table says, and all else that the spec offers is legal."""
+    refused = {
+        (key, value)
+        for key, values in CHOICES.items()
+        for value in values
+        if illegal(spec_of(recipe.name, f"{key}={value}"), recipe)
+    }
+    expected = {(key, value) for name, key, value, _ in ILLEGAL if name == recipe.name}
+    if recipe.name not in ("refresh", "fedex", "flora"):
+        expected |= {("recipe.budget", "7"), ("recipe.budget", "8")}
+    assert refused == expected
+
+
+def test_every_problem_is_named() -> None:
+    spec = spec_of("flexlora", "recipe.optimizer=adam", "recipe.learning_rate=0.5", "privacy.unit=client")
+    assert len(illegal(spec, RECIPES["flexlora"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "way_out"),
+    [
+        ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=median"], "recipe.aggregator=geometric-median"),
+        ("fedsvd", ["adapter.ranks=[2, 8]", "wire.codec=top-k"], "wire.codec=fp4"),
+        ("flexlora", ["adapter.ranks=[2, 8]", "adapter.start=warm"], "adapter.ranks=[]"),
+        ("fedit", ["adapter.ranks=[2, 8]", "adapter.method=dora"], "adapter.ranks=[]"),
+    ],
+)
+def test_two_legal_choices_that_do_not_go_together(recipe: str, overrides: list[str], way_out: str) -> None:
+    with pytest.raises(SpecError, match=r"^[^\n]+Nearest legal: [^\n]+$"):
+        recipe_of(spec_of(recipe, *overrides))
+    assert recipe_of(spec_of(recipe, *overrides, way_out)).name == recipe
+
+
+@pytest.mark.parametrize("rule", ON_ENTRIES)
+def test_rules_on_entries_are_for_what_is_trained_in_one_basis(rule: str) -> None:
+    for name in ("fedsvd", "ffa", "refresh", "rolora"):
+        assert recipe_of(spec_of(name, f"recipe.aggregator={rule}")).name == name
+    assert recipe_of(spec_of("fedit", f"recipe.aggregator={rule}", "adapter.method=ia3")).name == "fedit"
+
+
+def test_how_a_is_drawn_and_what_the_spec_asks_for() -> None:
+    assert initial_a(spec_of("ffa")) == "kaiming"
+    assert initial_a(spec_of("ffa", "recipe.initial_a=orthonormal")) == "orthonormal"
+    assert initial_a(spec_of("refresh")) == "orthonormal"
+
+
+def test_ranks_are_drawn_by_key() -> None:
+    spec = spec_of("flexlora", "adapter.ranks=[2, 4, 8]", "run.seed=3")
+    drawn = [rank_of(spec, node) for node in range(300)]
+    assert [rank_of(spec, node) for node in range(300)] == drawn
+    assert {drawn.count(rank) > 60 for rank in (2, 4, 8)} == {True}
+    assert [rank_of(spec.set("run.seed=4"), node) for node in range(300)] != drawn
+    assert {rank_of(spec_of("flexlora"), node) for node in (0, 2**64 - 1)} == {0}

@@ -1,0 +1,442 @@
+"""Recipes as Flower strategies: the coordinator's own result over the same updates, and replies that do not fit."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedapt
+from fedapt.kernels.lowrank import Matrix, orthonormalize
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.errors import RunError, SpecError
+from fedapt.protocols.keys import derive, generator
+from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
+from fedapt.protocols.legality import initial_a, recipe_of
+from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.shared import SharedAdapter
+from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Assignment, Description, Update, version_of
+from fedapt.server.coordinator import Coordinator
+from fedapt.server.store import MemoryStore
+from fedapt.server.strategy import RecipeStrategy
+
+P = "base_model.model."
+LAYOUT = AdapterLayout(
+    [
+        TensorSpec(f"{P}q.lora_A.weight", (2, 5), "A"),
+        TensorSpec(f"{P}q.lora_B.weight", (4, 2), "B"),
+        TensorSpec(f"{P}v.lora_A.weight", (3, 6), "A"),
+        TensorSpec(f"{P}v.lora_B.weight", (2, 3), "B"),
+        TensorSpec(f"{P}score.bias", (3,), "other"),
+        TensorSpec(f"{P}temperature", (), "other"),
+    ]
+)
+NODES = (3, 4, 2**63 + 1, 2**64 - 1)
+ROUNDS = 5
+STOCK = [name for name, recipe in RECIPES.items() if not recipe.has_frozen]
+Tensors = Mapping[str, Matrix]
+
+
+def start() -> dict[str, Matrix]:
+    """What peft draws: any A, and B zero."""
+    flat = np.random.default_rng(0).standard_normal(LAYOUT.size).astype(np.float32)
+    return {n: np.zeros_like(v) if n.endswith("B.weight") else v for n, v in LAYOUT.split(flat).items()}
+
+
+def after_training(sent: Tensors, round_: int, node: int) -> dict[str, Matrix]:
+    """Every tensor moves some of the way to a target of the node's own."""
+    random = generator(derive(1, "target", round_, node))
+    targets = {name: np.asarray(random.standard_normal(sent[name].shape), np.float32) for name in sorted(sent)}
+    return {name: np.asarray(sent[name] + np.float32(0.3) * (targets[name] - sent[name])) for name in sent}
+
+
+def weight_of(node: int) -> float:
+    return 1.0 + node % 3
+
+
+def record(tensors: Tensors) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(values)) for name, values in tensors.items()})
+
+
+def arrays_of(sent: ArrayRecord) -> dict[str, Matrix]:
+    return {name: array.numpy() for name, array in sent.items()}
+
+
+def answer(message: Message) -> RecordDict:
+    """A stock client: it trains the factors that the config names, and returns the whole state dict."""
+    sent = arrays_of(message.content.array_records["arrays"])
+    config = message.content.config_records["config"]
+    round_, factors = config["server-round"], config["trained-factors"]
+    assert isinstance(round_, int)
+    assert isinstance(factors, str)
+    node = message.metadata.dst_node_id
+    fixed = {f".lora_{factor}.weight" for factor in "AB" if factor not in factors}
+    trained = after_training(sent, round_, node)
+    kept = {name: values for name, values in sent.items() if any(name.endswith(suffix) for suffix in fixed)}
+    metrics = MetricRecord({"num-examples": weight_of(node), "loss": float(1 + node % 3)})
+    return RecordDict({"arrays": record(trained | kept), "metrics": metrics})
+
+
+Answer = Callable[[Message], RecordDict | Error]
+
+
+class FakeGrid(Grid):
+    """Stock clients in this process; `answers` are of the nodes that do something else."""
+
+    def __init__(self, answers: Mapping[int, Answer] | None = None, nodes: Sequence[int] = NODES) -> None:
+        self.answers, self.nodes = answers or {}, nodes
+        self.sent: list[Message] = []
+        self.configs: list[dict[str, Any]] = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Not in the order of asking."""
+        asked = list(messages)
+        self.sent += asked
+        self.configs += [
+            dict(message.content.config_records["config"]) for message in asked
+        ]  # Flower reuses the record
+        replies = []
+        for message in reversed(asked):
+            if message.metadata.message_type != "train":
+                continue
+            made = self.answers.get(message.metadata.dst_node_id, answer)(message)
+            replies.append(Message(made, reply_to=message))
+        return replies
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.nodes
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def _identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's launchers set it; a Message cannot be made without."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def run(
+    strategy: RecipeStrategy, grid: Grid, rounds: int = ROUNDS, initial: ArrayRecord | None = None
+) -> tuple[list[dict[str, Matrix]], dict[int, MetricRecord]]:
+    """The adapter after each round (round 0 is the start as it was given), and the metrics."""
+    adapters: list[dict[str, Matrix]] = []
+
+    def look(_: int, arrays: ArrayRecord) -> None:
+        adapters.append(arrays_of(arrays))
+
+    arrays = record(start()) if initial is None else initial
+    result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=rounds, evaluate_fn=look)
+    return adapters, result.train_metrics_clientapp
+
+
+def strategy_of(recipe: str, **options: Any) -> RecipeStrategy:
+    return fedapt.strategy(recipe, fraction_evaluate=0.0, **options)
+
+
+class SameNodes:
+    """The same clients behind the coordinator's own protocol."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.recipe, self.spec = recipe_of(spec), spec
+        tensors = start()
+        if initial_a(spec) == "orthonormal":
+            for pair in LAYOUT.pairs:
+                tensors[pair.b.name], tensors[pair.a.name] = orthonormalize(tensors[pair.b.name], tensors[pair.a.name])
+        self.shared = SharedAdapter(self.recipe, spec.recipe, LAYOUT, LAYOUT.join(tensors))
+
+    def nodes(self) -> Sequence[int]:
+        return NODES
+
+    def describe(self) -> Description:
+        return Description(LAYOUT, self.shared.start, {}, "")
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        self.asked = assignments
+
+    def replies(self, timeout: float) -> Iterator[Update]:
+        for asked in self.asked:
+            received, trained = self.shared.received(asked.round), self.shared.sent(asked.round)
+            state = CODECS["fp32"].decode(asked.payload, received)
+            adapter = self.shared.whole(state, asked.round)
+            ended = after_training(LAYOUT.split(adapter), asked.round, asked.node)
+            change: Flat = trained.join(ended) - trained.join(LAYOUT.split(adapter))
+            own = (asked.run, asked.round, asked.attempt, asked.node, version_of(received, state))
+            yield Update(*own, "delta", weight_of(asked.node), CODECS["fp32"].encode(change, trained, 0))
+
+
+def by_the_coordinator(recipe: str, **options: Any) -> tuple[list[dict[str, Matrix]], list[dict[str, Any]]]:
+    """The adapter after each round, and the rows."""
+    raw = {"model": {"base": "m", "task": "causal-lm"}, "run": {"rounds": ROUNDS}}
+    spec = RunSpec.check(raw | {"recipe": {"name": recipe, **options}})
+    coordinator = Coordinator(spec, SameNodes(spec), MemoryStore())
+    adapters, rows = [], []
+    for row in coordinator.rounds():
+        rows.append(row)
+        adapters.append({name: values.copy() for name, values in LAYOUT.split(coordinator.adapter()).items()})
+    return adapters, rows
+
+
+def equal(left: Tensors, right: Tensors) -> bool:
+    return set(left) == set(right) and all(left[n].tobytes() == right[n].tobytes() for n in left)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        *((name, {}) for name in STOCK),
+        ("fedsvd", {"optimizer": "novograd", "learning_rate": 0.1, "period": 2}),
+        ("fedsvd", {"optimizer": "nesterov", "weighting": "uniform"}),
+        ("ffa", {"optimizer": "adam", "learning_rate": 0.01, "initial_a": "orthonormal"}),
+        ("ffa", {"aggregator": "median"}),
+        ("fedit", {"learning_rate": 0.5}),
+        ("flora", {"budget": 4}),
+    ],
+)
+def test_it_is_the_coordinators_own_result(recipe: str, options: Mapping[str, Any]) -> None:
+    expected, rows = by_the_coordinator(recipe, **options)
+    grid = FakeGrid()
+    adapters, metrics = run(strategy_of(recipe, **options), grid)
+    assert len(adapters) == ROUNDS + 1
+    for number in range(1, ROUNDS + 1):
+        assert equal(adapters[number], expected[number - 1]), number
+        assert metrics[number]["aggregation_error"] == rows[number - 1]["aggregation_error"]
+        assert metrics[number]["effective_rank"] == rows[number - 1]["effective_rank"]
+    assert not equal(adapters[1], adapters[2])
+    again = arrays_of(grid.sent[-1].content.array_records["arrays"])
+    assert equal(again, adapters[-2]), "what clients get is the last round's result"
+
+
+@pytest.mark.parametrize("recipe", STOCK)
+def test_the_config_names_what_to_train(recipe: str) -> None:
+    grid = FakeGrid()
+    run(strategy_of(recipe), grid, rounds=2)
+    named = [grid.configs[i]["trained-factors"] for i in (0, len(NODES))]
+    fixed_a, alternates = "A" not in RECIPES[recipe].trains, RECIPES[recipe].alternates
+    assert named == (["B", "B"] if fixed_a else ["B", "A"] if alternates else ["AB", "AB"])
+
+
+def test_the_first_round_has_the_users_own_adapter_in_another_basis() -> None:
+    """fedsvd wants orthonormal rows in A: the product is what was given, also where B is not zero."""
+    given = after_training(start(), 1, 1)
+    grid = FakeGrid()
+    run(strategy_of("fedsvd"), grid, rounds=1, initial=record(given))
+    sent = arrays_of(grid.sent[0].content.array_records["arrays"])
+    for pair in LAYOUT.pairs:
+        a, b = sent[pair.a.name], sent[pair.b.name]
+        np.testing.assert_allclose(a @ a.T, np.eye(pair.rank), atol=1e-6)
+        np.testing.assert_allclose(b @ a, given[pair.b.name] @ given[pair.a.name], atol=1e-5)
+    assert np.array_equal(sent[f"{P}score.bias"], given[f"{P}score.bias"])
+
+
+def test_metrics_are_weighted_means_of_what_all_report() -> None:
+    def talkative(message: Message) -> RecordDict:
+        made = answer(message)
+        made.metric_records["metrics"]["own"] = 1.0
+        return made
+
+    _, metrics = run(strategy_of("fedit"), FakeGrid({NODES[1]: talkative}), rounds=1)
+    weights = [weight_of(node) for node in NODES]
+    assert metrics[1]["loss"] == pytest.approx(np.average([1 + node % 3 for node in NODES], weights=weights))
+    assert set(metrics[1]) == {"loss", "aggregation_error", "effective_rank"}
+
+
+def test_fixed_tensors_may_be_left_out_of_a_reply() -> None:
+    def short(message: Message) -> RecordDict:
+        made = answer(message)
+        trained = {n: a for n, a in made.array_records["arrays"].items() if not n.endswith("lora_A.weight")}
+        return RecordDict({"arrays": ArrayRecord(trained), "metrics": made.metric_records["metrics"]})
+
+    whole, _ = run(strategy_of("fedsvd"), FakeGrid())
+    without, _ = run(strategy_of("fedsvd"), FakeGrid(dict.fromkeys(NODES, short)))
+    assert equal(whole[-1], without[-1])
+
+
+def spoiled(change: Callable[[dict[str, Array]], object]) -> Answer:
+    def reply(message: Message) -> RecordDict:
+        made = answer(message)
+        arrays = dict(made.array_records["arrays"].items())
+        change(arrays)
+        return RecordDict({"arrays": ArrayRecord(arrays), "metrics": made.metric_records["metrics"]})
+
+    return reply
+
+
+def with_metrics(**values: Any) -> Answer:
+    def reply(message: Message) -> RecordDict:
+        metrics = MetricRecord({name.replace("_", "-"): value for name, value in values.items()})
+        return RecordDict({"arrays": answer(message).array_records["arrays"], "metrics": metrics})
+
+    return reply
+
+
+def filled(name: str, values: Matrix) -> Answer:
+    return spoiled(lambda arrays: arrays.update({name: Array(values)}))
+
+
+A, B, BIAS = f"{P}q.lora_A.weight", f"{P}q.lora_B.weight", f"{P}score.bias"
+MALFORMED: dict[str, tuple[Answer, str]] = {
+    "an error": (lambda _: Error(1, "out of memory"), "the client failed (out of memory)"),
+    "no record": (lambda _: RecordDict(), "it has 0 ArrayRecords and 0 MetricRecords"),
+    "two records": (
+        lambda m: RecordDict({**dict(answer(m).items()), "more": ArrayRecord()}),
+        "it has 2 ArrayRecords and 1 MetricRecords",
+    ),
+    "no weight": (with_metrics(loss=1.0), 'its metric "num-examples" is None'),
+    "a weight of zero": (with_metrics(num_examples=0), 'its metric "num-examples" is 0'),
+    "a weight that is no number": (with_metrics(num_examples=float("nan")), "is nan"),
+    "an endless weight": (with_metrics(num_examples=float("inf")), "is inf"),
+    "a negative weight": (with_metrics(num_examples=-1), "is -1"),
+    "a list of weights": (with_metrics(num_examples=[1, 2]), "is [1, 2]"),
+    "a missing tensor": (spoiled(lambda arrays: arrays.pop(BIAS)), f"{BIAS} is missing"),
+    "an unknown tensor": (filled("lora_C", np.zeros(1, np.float32)), "lora_C was not sent"),
+    "another shape": (filled(B, np.zeros((2, 4), np.float32)), f"{B} has shape (2, 4), and (4, 2) was sent"),
+    "another type": (filled(B, np.zeros((4, 2))), f"{B} is float64: cast the adapter to float32"),
+    "NaN": (filled(B, np.full((4, 2), np.nan, np.float32)), f"{B} holds NaN"),
+    "infinity": (filled(B, np.full((4, 2), -np.inf, np.float32)), f"{B} holds NaN"),
+    "too large": (filled(B, np.full((4, 2), 3e38, np.float32)), f"{B} holds NaN, or a value over 1e+06"),
+    "no array": (
+        spoiled(lambda arrays: arrays.update({B: Array("float32", (4, 2), "numpy.ndarray", b"junk")})),
+        f"{B} cannot be read",
+    ),
+    "a zip": (
+        spoiled(lambda arrays: arrays.update({B: Array("float32", (4, 2), "numpy.ndarray", b"PK\x03\x04junk")})),
+        f"{B} cannot be read",
+    ),
+    "a trained A": (
+        filled(A, np.zeros((2, 5), np.float32)),
+        f'recipe ffa keeps {A} fixed in this round, and it came back changed: train the factors that config["trained',
+    ),
+}
+
+
+def warnings_in(log: pytest.LogCaptureFixture) -> list[str]:
+    return [entry.getMessage() for entry in log.records if entry.levelname == "WARNING" and "fraction" not in entry.msg]
+
+
+@pytest.mark.parametrize(("bad", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_bad_reply_is_left_out_with_its_reason(bad: Answer, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    honest, metrics = run(strategy_of("ffa"), FakeGrid(nodes=[NODES[0], NODES[2], NODES[3]]), rounds=2)
+    spoilt, spoilt_metrics = run(strategy_of("ffa"), FakeGrid({NODES[1]: bad}), rounds=2)
+    assert equal(honest[-1], spoilt[-1])
+    assert metrics == spoilt_metrics
+    first, second = warnings_in(caplog)
+    assert first.startswith(f"round 1: the reply of node {NODES[1]} is left out: ")
+    assert second.startswith(f"round 2: the reply of node {NODES[1]} is left out: ")
+    assert reason in first
+
+
+@pytest.mark.parametrize("recipe", ["fedsvd", "flora"])
+def test_a_round_without_a_usable_reply_changes_nothing(recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All fail in round 2: the run is then the same as one whose clients were never asked in it."""
+    failing: set[int] = {1, 2}
+
+    def unreliable(message: Message) -> RecordDict | Error:
+        round_ = message.content.config_records["config"]["server-round"]
+        return Error(1, "gone") if round_ in failing else answer(message)
+
+    strategy = strategy_of(recipe, optimizer="sgd")
+    adapters, metrics = run(strategy, FakeGrid(dict.fromkeys(NODES, unreliable)), rounds=4)
+    assert sorted(metrics) == [3, 4]
+    assert equal(adapters[0], start())
+    assert equal(adapters[1], adapters[0])
+    assert equal(adapters[2], adapters[0])
+    assert not equal(adapters[3], adapters[2])
+    assert "round 2: no reply is usable; the adapter stays as it is" in warnings_in(caplog)
+
+
+def test_a_run_starts_anew() -> None:
+    """Momentum and residuals of an earlier run have no part in the next one."""
+    strategy = strategy_of("fedsvd", optimizer="nesterov")
+    first, _ = run(strategy, FakeGrid())
+    second, _ = run(strategy, FakeGrid())
+    assert equal(first[-1], second[-1])
+
+
+def test_arrays_that_something_else_has_changed_are_refused() -> None:
+    strategy, grid = strategy_of("ffa"), FakeGrid()
+    run(strategy, grid, rounds=1)
+    with pytest.raises(RunError, match="round 2 is to start from other arrays"):
+        list(strategy.configure_train(2, record(start()), ConfigRecord(), grid))
+
+
+def test_a_round_that_was_never_configured() -> None:
+    with pytest.raises(RunError, match="never configured"):
+        strategy_of("ffa").aggregate_train(1, [])
+
+
+def test_flower_decides_who_takes_part() -> None:
+    grid = FakeGrid()
+    strategy = fedapt.strategy("ffa", fraction_train=0.5, fraction_evaluate=0.25, min_evaluate_nodes=1)
+    strategy.start(grid=grid, initial_arrays=record(start()), num_rounds=1)
+    assert [m.metadata.message_type for m in grid.sent] == ["train", "train", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("fedsdv", {}, 'did you mean "fedsvd"'),
+        ("fedsvd", {"optimizer": "adam"}, 'Nearest legal: "novograd"'),
+        ("fedsvd", {"learning_rat": 1.0}, 'did you mean "learning_rate"'),
+        ("flora", {"learning_rate": 0.5}, "Nearest legal: 1.0"),
+        ("ffa", {"period": 2}, "has no period"),
+        ("fedex", {}, 'Nearest legal: "flora"'),
+        ("refresh", {}, 'Nearest legal: "fedsvd"'),
+    ],
+)
+def test_what_is_refused_at_construction(recipe: str, options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        fedapt.strategy(recipe, **options)
+    assert message in str(caught.value)
+
+
+def dora() -> dict[str, Matrix]:
+    return start() | {f"{p.module}.lora_magnitude_vector": np.ones(p.b.shape[0], np.float32) for p in LAYOUT.pairs}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "initial", "message"),
+    [
+        ("ffa", {}, "no pair of plain LoRA factors among its 0 tensors"),
+        ("ffa", {BIAS: np.zeros(3, np.float32)}, 'Nearest legal: "fedit"'),
+        ("ffa", dora(), 'Nearest legal: "fedit"'),
+        ("ffa", {A: np.zeros((2, 5), np.float32), B: np.zeros((4, 3), np.float32)}, "no pair of plain LoRA factors"),
+        ("ffa", {A: np.zeros((2, 5), np.float16), B: np.zeros((4, 2), np.float16)}, "is float16: cast the adapter"),
+        ("ffa", start() | {B: np.full((4, 2), np.nan, np.float32)}, "holds NaN"),
+        ("fedsvd", {A: np.zeros((3, 2), np.float32), B: np.zeros((4, 3), np.float32)}, "Nearest legal: rank 2"),
+    ],
+)
+def test_what_a_recipe_cannot_work_on_is_refused(recipe: str, initial: Tensors, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        run(strategy_of(recipe), FakeGrid(), initial=record(initial))
+    assert message in str(caught.value)
+
+
+def test_fedit_takes_any_adapter() -> None:
+    """The mean of what is trained needs no factors: DoRA's tensors are averaged each for itself."""
+    adapters, metrics = run(strategy_of("fedit"), FakeGrid(), rounds=1, initial=record(dora()))
+    weights = [weight_of(node) for node in NODES]
+    for name in dora():
+        ends = [after_training(dora(), 1, node)[name] for node in NODES]
+        expected = np.average(ends, axis=0, weights=weights)
+        np.testing.assert_allclose(adapters[1][name], expected, atol=1e-6)
+    assert metrics[1]["effective_rank"] == 0
