@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         accuracy = [100 * row["accuracy"] for row in own]
         spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""
 
-        def mean(key: str, own: list[dict[str, Any]] = own) -> float:
+        def mean(key: str, own: list[dict[str, Any]] = own) -> Any:
             return statistics.mean(row[key] for row in own)
 
         lines.append(

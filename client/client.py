@@ -17,10 +17,10 @@ from ..protocols.legality import rank_of, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
 from ..protocols.update import Assignment, Description, Update
+from .adapted import AdaptedModel
 from .batches import plan_batches
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
-from .adapted import AdaptedModel
 from .tasks import Examples, Indices
 from .trainer import Member, Trained, Trainer
 
@@ -153,7 +153,7 @@ class Client:
             if self.feedback is None:
                 payload = codec.encode(change, own, key)
             else:
-                payload = self.feedback.encode(node, change, rotations, codec, key)
+                payload = self.feedback.encode(assignment, change, rotations, codec, key)
             metrics = {"loss": float(trained.losses.mean()), "steps": float(len(trained.losses))}
         return Update(
             run=assignment.run,

@@ -76,4 +76,6 @@ class SharedAdapter:
 
 
 def _leading(tensor: Matrix, shape: tuple[int, ...]) -> Matrix:
-    return tensor[(*(slice(n) for n in shape), ...)]  # the dots make a view of a scalar, too
+    index: Any = (*(slice(n) for n in shape), ...)  # the dots make a view of a scalar, too
+    view: Matrix = tensor[index]
+    return view

@@ -43,7 +43,8 @@ def aggregate(
 
     `residual` is what the last round left (None before the first). The error is
     `‖mean(B_k·A_k) − B̂·Â‖ / ‖mean(B_k·A_k)‖` over all modules together (Frobenius), where what the recipe sends as
-    frozen factors counts as not lost; 0 where nothing was learned.
+    frozen factors counts as not lost, and what stays at the server counts as lost until it is sent; 0 where nothing
+    was learned. Under a rule on distances the mean has the rule's weights.
     """
     layout, updates = updates.layout, weighed(updates, settings)
     stepped, kept = recipe.stepped(layout, number), residual_layout(recipe, settings, layout)

@@ -8,7 +8,6 @@ import numpy as np
 from ..kernels.lowrank import LowRank, Matrix, weighted_sum
 from ..protocols.layout import AdapterLayout, Flat, Pair
 
-
 ROUNDING = 1e-9
 """What a sum of weights may miss of 1."""
 

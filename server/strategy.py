@@ -168,7 +168,8 @@ class RecipeStrategy(FedAvg):
         """A reply's weight, arrays and metrics. Raises PayloadError."""
         if message.has_error():
             raise PayloadError(f"the client failed ({message.error.reason or f'error {message.error.code}'})")
-        arrays, metrics = (list(r.values()) for r in (message.content.array_records, message.content.metric_records))
+        arrays = list(message.content.array_records.values())
+        metrics = list(message.content.metric_records.values())
         if len(arrays) != 1 or len(metrics) != 1:
             raise PayloadError(
                 f"it has {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords, and one of each is needed"

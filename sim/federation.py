@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..client.adapted import AdaptedModel
 from ..client.client import Client, Sites
 from ..client.evaluation import score
-from ..client.adapted import AdaptedModel
 from ..client.models import load_model
 from ..client.sources import load_tables
 from ..client.tasks import Examples, Indices

@@ -4,10 +4,16 @@ import os
 
 import pytest
 from hypothesis import settings
+from hypothesis import strategies as st
 
 # Before anything imports Flower or Hugging Face: both read their environment once.
 os.environ |= {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
+from fedapt.protocols.layout import AdapterLayout
+
+from .layouts import layouts
+
+st.register_type_strategy(AdapterLayout, layouts())
 settings.register_profile("fedapt", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("fedapt")
 

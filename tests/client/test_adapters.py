@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.numpy import save_file
 from transformers import ViTImageProcessor
 
-from fedapt.client.evaluation import score
 from fedapt.client.adapted import AdaptedModel, adapt
+from fedapt.client.evaluation import score
 from fedapt.client.models import CLASSES, load_adapted_folder, load_model
 from fedapt.client.tasks import Examples
 from fedapt.client.trainer import Trainer

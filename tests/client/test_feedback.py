@@ -9,6 +9,7 @@ from fedapt.client.feedback import Feedback
 from fedapt.protocols.codecs import CODECS, Codec, TopK
 from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.layout import B_SUFFIX, AdapterLayout, Flat, TensorSpec
+from fedapt.protocols.update import Assignment
 
 LAYOUT = AdapterLayout(
     [
@@ -40,11 +41,15 @@ def in_first_basis(flat: Flat, rotation: Rotation) -> Flat:
     return LAYOUT.join(tensors)
 
 
+def asked(node: int, round_: int, run: str = "run") -> Assignment:
+    return Assignment(run, round_, 1, node, "version", b"")
+
+
 def imbalance(turns: list[Rotation], told: list[Rotation], codec: Codec = TOP_K) -> float:
     """max |Σ sent − (Σ changes − last residual)| in the basis of A₀, where the feedback is told of `told`."""
     feedback, sent, moved = Feedback(LAYOUT), np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
     for key, (change, turn, heard) in enumerate(zip(changes(len(turns)), turns, told, strict=True)):
-        payload = feedback.encode(7, change, heard, codec, key)
+        payload = feedback.encode(asked(7, key), change, heard, codec, key)
         sent += in_first_basis(codec.decode(payload, LAYOUT), turn)
         moved += in_first_basis(change, turn)
     residual = feedback.corrected(7, np.zeros(LAYOUT.size, np.float32), {})
@@ -75,8 +80,8 @@ def test_a_residual_that_does_not_turn_is_seen() -> None:
 def test_without_feedback_most_is_lost() -> None:
     """Why it exists: one and the same change in each round arrives whole in the mean with it, and never without."""
     change, feedback = changes(1)[0], Feedback(LAYOUT)
-    rounds = 300
-    fed = [TOP_K.decode(feedback.encode(0, change, {}, TOP_K, 0), LAYOUT) for _ in range(rounds)]
+    rounds = range(300)
+    fed = [TOP_K.decode(feedback.encode(asked(0, n), change, {}, TOP_K, 0), LAYOUT) for n in rounds]
     alone = TOP_K.decode(TOP_K.encode(change, LAYOUT, 0), LAYOUT)
     assert np.abs(np.mean(fed, axis=0) - change).max() < 0.1
     assert np.abs(alone - change).max() > 0.5
@@ -86,9 +91,9 @@ def test_without_feedback_most_is_lost() -> None:
 def test_any_layout_balances(layout: AdapterLayout, seed: int) -> None:
     random, feedback = np.random.default_rng(seed), Feedback(layout)
     sent, moved = np.zeros(layout.size), np.zeros(layout.size)
-    for _ in range(3):
+    for number in range(3):
         change = random.standard_normal(layout.size).astype(np.float32)
-        sent += TOP_K.decode(feedback.encode(0, change, {}, TOP_K, 0), layout)
+        sent += TOP_K.decode(feedback.encode(asked(0, number), change, {}, TOP_K, 0), layout)
         moved += change
     residual = feedback.corrected(0, np.zeros(layout.size, np.float32), {})
     assert np.allclose(sent, moved - residual, atol=1e-5)
@@ -97,7 +102,7 @@ def test_any_layout_balances(layout: AdapterLayout, seed: int) -> None:
 def test_nodes_have_residuals_of_their_own_and_inputs_stay_as_they_are() -> None:
     feedback, (first, second) = Feedback(LAYOUT), changes(2)
     before = first.copy()
-    feedback.encode(1, first, {}, TOP_K, 0)
+    feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
     assert np.array_equal(feedback.corrected(2, second, {}), second)
     assert not np.array_equal(feedback.corrected(1, second, {}), second)
     assert np.array_equal(first, before)
@@ -105,9 +110,23 @@ def test_nodes_have_residuals_of_their_own_and_inputs_stay_as_they_are() -> None
 
 def test_a_change_that_is_not_finite_leaves_the_residual_as_it_was() -> None:
     feedback, (first, second) = Feedback(LAYOUT), changes(2)
-    feedback.encode(1, first, {}, TOP_K, 0)
+    feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
     before = feedback.corrected(1, second, {})
-    payload = feedback.encode(1, np.full_like(first, np.nan), {}, TOP_K, 0)
+    payload = feedback.encode(asked(1, 2), np.full_like(first, np.nan), {}, TOP_K, 0)
     with pytest.raises(PayloadError, match="NaN"):
         TOP_K.decode(payload, LAYOUT)
     assert np.array_equal(feedback.corrected(1, second, {}), before)
+
+
+def test_a_round_that_is_asked_for_again_sends_the_same_bytes() -> None:
+    feedback, (first, second) = Feedback(LAYOUT), changes(2)
+    feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
+    once = feedback.encode(asked(1, 2), second, {}, TOP_K, 0)
+    assert feedback.encode(asked(1, 2), second, {}, TOP_K, 0) == once
+    assert feedback.encode(asked(1, 3), second, {}, TOP_K, 0) != once
+
+
+def test_another_run_starts_without_a_residual() -> None:
+    feedback, (first, second) = Feedback(LAYOUT), changes(2)
+    feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
+    assert feedback.encode(asked(1, 2, "another"), second, {}, TOP_K, 0) == TOP_K.encode(second, LAYOUT, 0)

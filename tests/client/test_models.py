@@ -24,8 +24,8 @@ from transformers import (
     ViTModel,
 )
 
-from fedapt.client.evaluation import score
 from fedapt.client.adapted import AdaptedModel, adapt
+from fedapt.client.evaluation import score
 from fedapt.client.models import load_model
 from fedapt.client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification
 from fedapt.client.trainer import Member, Trained, Trainer

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from fedapt.client import trainer as trainer_module
-from fedapt.client.batches import plan_batches
 from fedapt.client.adapted import AdaptedModel, adapt
+from fedapt.client.batches import plan_batches
 from fedapt.client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification
 from fedapt.client.trainer import Member, Trained, Trainer
 from fedapt.kernels.cohort import Batched, Dropout, Forward, Inputs, Looped, Stack, members

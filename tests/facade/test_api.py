@@ -69,7 +69,7 @@ def test_wrong_objects_are_named() -> None:
 
 
 def test_public_names() -> None:
-    assert fedapt.__all__ == ["Result", "RunSpec", "__version__", "run", "simulate"]
+    assert fedapt.__all__ == ["Result", "RunSpec", "__version__", "run", "simulate", "strategy"]
     for name in fedapt.__all__:
         assert getattr(fedapt, name) is not None
     with pytest.raises(AttributeError, match="no attribute"):

@@ -26,6 +26,9 @@ COMMANDS = [
     ["adapter"],
     ["adapter", "show"],
     ["adapter", "export"],
+    ["adapter", "merge"],
+    ["runs"],
+    ["runs", "compare"],
 ]
 
 
@@ -53,7 +56,7 @@ def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, *command, "--help")
     assert code == 0
-    assert command in ([], ["adapter"]) or "Example:" in out
+    assert command in ([], ["adapter"], ["runs"]) or "Example:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -38,8 +38,12 @@ def test_plan_announces_the_bytes_that_the_run_counts(tiny: Path, overrides: lis
     assert announced.up_total == sum(row.get("bytes_up", 0) for row in result.metrics)
 
 
-@pytest.mark.parametrize("recipe", ["fedsvd", "refresh", "fedex"])
-def test_saved_adapter_gives_the_logits_of_the_runs_own_evaluation(tiny: Path, tmp_path: Path, recipe: str) -> None:
+# Frozen factors are a sum of their own in the run, and further terms of one sum in the saved adapter: the logits, up to 20
+# in size, differ by some more roundings.
+@pytest.mark.parametrize(("recipe", "tolerance"), [("fedsvd", 1e-5), ("refresh", 4e-5), ("fedex", 4e-5)])
+def test_saved_adapter_gives_the_logits_of_the_runs_own_evaluation(
+    tiny: Path, tmp_path: Path, recipe: str, tolerance: float
+) -> None:
     result = run(RunSpec.load(tiny, [f"recipe.name={recipe}", *SHORT.get(recipe, [])]), tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(base_folder("builtin:byte-llama"), dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
@@ -48,7 +52,7 @@ def test_saved_adapter_gives_the_logits_of_the_runs_own_evaluation(tiny: Path, t
     batch = adapted.task.collate(examples, [np.arange(len(examples))])
     with torch.no_grad():
         expected, found = adapted.model(**batch.inputs).logits, loaded(**batch.inputs).logits
-    assert (expected - found).abs().max() <= 1e-5
+    assert (expected - found).abs().max() <= tolerance
     own = score(adapted, examples).metrics(adapted.task)
     assert result.best_round is not None
     assert own == pytest.approx(result.metrics[result.best_round]["evaluation"], rel=1e-6)

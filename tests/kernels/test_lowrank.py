@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedapt.kernels.lowrank import (
+    MANY,
     LowRank,
     Matrix,
     orthonormalize,
@@ -124,6 +125,107 @@ def test_norm_and_difference_equal_the_dense_ones(terms: list[LowRank]) -> None:
     first, last = terms[0], terms[-1]
     assert np.isclose(first.norm(), np.linalg.norm(dense(first)), rtol=1e-9, atol=1e-9)
     assert close(dense(first.minus(last)), dense(first) - dense(last))
+
+
+@given(st.integers(MANY + 1, MANY + 40), st.floats(-3, 3), seeds)
+def test_the_norm_of_many_terms_is_the_dense_one(rank: int, weight: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    many = LowRank(random.standard_normal((7, rank)), random.standard_normal((rank, 9)))
+    assert np.isclose(many.norm(), np.linalg.norm(dense(many)), rtol=1e-9)
+    first = LowRank(random.standard_normal((7, 3)), random.standard_normal((3, 9)))
+    both = weighted_sum([(weight, first), (1.0, many)])
+    assert np.isclose(both.norm(), np.linalg.norm(dense(both)), rtol=1e-9)
+
+
+def test_many_terms_that_cancel_have_a_norm_near_nothing() -> None:
+    """The rounding that the docstring allows, and never NaN."""
+    random = np.random.default_rng(0)
+    many = LowRank(random.standard_normal((30, MANY + 1)), random.standard_normal((MANY + 1, 20)))
+    assert 0 <= many.minus(many).norm() <= 1e-7 * many.norm()
+
+
+@given(one)
+def test_singular_values_are_the_dense_ones(term: LowRank) -> None:
+    found, expected = term.singular_values(), np.linalg.svd(dense(term), compute_uv=False)
+    assert len(found) == min(term.rank, *dense(term).shape)
+    assert close(found, expected[: len(found)])
+    assert close(expected[len(found) :], np.zeros(1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_equal_singular_values_count_in_full(count: int) -> None:
+    random = np.random.default_rng(count)
+    b, a = (np.linalg.qr(random.standard_normal((9, count)))[0] for _ in range(2))
+    for factors_ in (LowRank(3 * b, a.T), weighted_sum([(0.5, LowRank(b, a.T)), (2.0, LowRank(b, a.T))])):
+        assert factors_.effective_rank() == pytest.approx(count, rel=1e-9)
+
+
+def test_effective_rank_of_a_rank_one_matrix_of_nothing_and_of_something_between() -> None:
+    random = np.random.default_rng(0)
+    column, row = random.standard_normal((6, 1)), random.standard_normal((1, 8))
+    assert LowRank(column @ np.ones((1, 4)), np.ones((4, 1)) @ row).effective_rank() == pytest.approx(1, abs=1e-9)
+    assert LowRank(np.zeros((6, 4)), random.standard_normal((4, 8))).effective_rank() == 0.0
+    assert LowRank(np.zeros((6, 0)), np.zeros((0, 8))).effective_rank() == 0.0
+    between = LowRank(np.diag([3.0, 1.0]), np.eye(2))  # exp of the entropy of (3/4, 1/4)
+    assert between.effective_rank() == pytest.approx(4 / 3**0.75, rel=1e-12)
+
+
+@given(one)
+def test_the_effective_rank_does_not_depend_on_size_or_gauge(term: LowRank) -> None:
+    rank = term.effective_rank()
+    assert 0 <= rank <= min(term.rank, *dense(term).shape) + 1e-9
+    other = LowRank(100 * term.b[:, ::-1], term.a[::-1] / 3)
+    assert other.effective_rank() == pytest.approx(rank, rel=1e-6)
+
+
+def with_spectrum(values: list[float], outputs: int = 40, inputs: int = 30, spare: int = 12) -> LowRank:
+    """A matrix of these singular values, in more columns than it needs."""
+    random = np.random.default_rng(len(values))
+    u = np.linalg.qr(random.standard_normal((outputs, len(values))))[0]
+    v = np.linalg.qr(random.standard_normal((inputs, len(values))))[0]
+    mixed = random.standard_normal((len(values), len(values) + spare))
+    return LowRank(u * values @ mixed, np.linalg.pinv(mixed) @ v.T)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    "spectrum", [[9, 8, 7, 0.1, 0.05], [5, 5, 5], [1e-8, 1e-9, 1e-9], [4, *[2.0**-k for k in range(25)]]]
+)
+def test_dominant_is_the_truncation_where_there_is_a_gap(spectrum: list[float], rank: int) -> None:
+    term = with_spectrum(spectrum)
+    found, residual = term.dominant(rank, 1e-9)
+    assert residual <= 1e-9
+    assert found.rank == rank
+    assert_orthonormal_rows(found.a, 1e-8)
+    assert_signs_fixed(found.a)
+    dropped = np.linalg.svd(dense(term), compute_uv=False)[rank:]
+    assert np.linalg.norm(dense(term) - dense(found)) == pytest.approx(np.linalg.norm(dropped), abs=1e-8 * spectrum[0])
+    if rank < len(spectrum) and spectrum[rank - 1] > 1.5 * spectrum[rank]:
+        assert close(dense(found) / spectrum[0], dense(term.truncate(rank)) / spectrum[0], 1e-7)
+
+
+def test_dominant_without_a_gap_says_so() -> None:
+    """A flat, slowly falling spectrum far beyond the block: what is claimed is what is measured on the matrix."""
+    term = with_spectrum([1 - k / 4000 for k in range(200)], 260, 240, 100)
+    found, residual = term.dominant(4, 1e-9)
+    u = found.b / np.linalg.norm(found.b, axis=0)
+    missed = dense(term) @ found.a.T - u * np.linalg.norm(found.b, axis=0)
+    assert residual > 1e-6
+    largest = np.linalg.norm(missed, axis=0).max() / np.linalg.norm(found.b, axis=0).max()
+    assert residual == pytest.approx(largest, rel=0.05)
+
+
+@given(one, ranks)
+def test_dominant_of_small_matrices_is_as_good_as_the_truncation(term: LowRank, rank: int) -> None:
+    """Here the block holds all there is."""
+    found, residual = term.dominant(rank)
+    assert residual <= 1e-6
+    assert found.rank == rank
+    best, reached = (np.linalg.norm(dense(term) - dense(kept)) for kept in (term.truncate(rank), found))
+    assert abs(reached - best) <= 1e-7 * (1 + np.linalg.norm(dense(term)))
+    again = term.dominant(rank)[0]
+    assert np.array_equal(again.a, found.a)
+    assert np.array_equal(again.b, found.b)
 
 
 @given(one, st.floats(-4, 4), seeds)

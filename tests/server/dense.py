@@ -186,7 +186,7 @@ def deltas(shared: SharedAdapter, state: Flat, number: int) -> list[Matrix]:
 
 
 def sum_of(weights: Sequence[float], terms: Sequence[Matrix]) -> Matrix:
-    return np.sum([weight * term for weight, term in zip(weights, terms, strict=True)], axis=0)
+    return np.asarray(np.sum([weight * term for weight, term in zip(weights, terms, strict=True)], axis=0))
 
 
 def truncated(matrix: Matrix, rank: int) -> Matrix:

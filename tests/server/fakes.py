@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.shared import SharedAdapter
+from fedapt.protocols.codecs import CODECS, codec_of
 from fedapt.protocols.keys import derive, generator
 from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
-from fedapt.protocols.legality import recipe_of
+from fedapt.protocols.legality import rank_of, recipe_of
+from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Description, Update, version_of
 from fedapt.server.coordinator import Coordinator
@@ -28,13 +28,28 @@ NODES = (3, 4, 2**63 + 1, 2**64 - 1)
 Answer = Update | Failure
 
 
-def start() -> Flat:
-    """Orthonormal A, zero B, as the model's side draws them."""
-    flat = np.random.default_rng(0).standard_normal(LAYOUT.size).astype(np.float32)
-    tensors = LAYOUT.split(flat)
-    tensors["q.lora_A.weight"][...] = np.linalg.qr(tensors["q.lora_A.weight"].T)[0].T
-    tensors["q.lora_B.weight"][...] = 0
+def layout_of(spec: RunSpec) -> AdapterLayout:
+    """With the frozen factors of its recipe."""
+    recipe = recipe_of(spec)
+    return LAYOUT.with_frozen(recipe.budget(LAYOUT, spec.recipe)) if recipe.has_frozen else LAYOUT
+
+
+def start(layout: AdapterLayout = LAYOUT) -> Flat:
+    """Orthonormal A's, zero B's, as the model's side draws them."""
+    flat = np.zeros(layout.size, np.float32)
+    tensors = layout.split(flat)
+    random = np.random.default_rng(0)
+    for name in ("q.lora_A.weight", "score.bias", "q.frozen_A.weight"):
+        if name in tensors:
+            tensors[name][...] = random.standard_normal(tensors[name].shape)
+        if name in tensors and name != "score.bias":
+            parts = np.split(tensors[name], len(tensors[name]) // 2)
+            tensors[name][...] = np.concatenate([np.linalg.qr(part.T)[0].T for part in parts])
     return flat
+
+
+def shared_of(spec: RunSpec) -> SharedAdapter:
+    return SharedAdapter(recipe_of(spec), spec.recipe, layout_of(spec), start(layout_of(spec)))
 
 
 def spec_of(*overrides: str) -> RunSpec:
@@ -57,7 +72,7 @@ class FakeGrid:
         return self.there
 
     def describe(self) -> Description:
-        return Description(LAYOUT, start(), {"r": 2}, "digest")
+        return Description(layout_of(self.spec), start(layout_of(self.spec)), {"r": 2}, "digest")
 
     def send(self, assignments: Sequence[Assignment]) -> None:
         self._waiting = list(assignments)
@@ -69,16 +84,16 @@ class FakeGrid:
             yield from self.answer(self.train(assignment))
 
     def train(self, assignment: Assignment) -> Update:
-        recipe = recipe_of(self.spec)
-        downlink, trained = recipe.downlink(LAYOUT), recipe.trained(LAYOUT)
+        shared, round_, rank = shared_of(self.spec), assignment.round, rank_of(self.spec, assignment.node)
+        downlink, trained = shared.received(round_, rank), shared.sent(round_, rank)
         state = CODECS[self.spec.wire.downlink].decode(assignment.payload, downlink)
         assert assignment.version == version_of(downlink, state), "the version is of what arrives"
-        adapter = whole_adapter(recipe, LAYOUT, start(), state)
+        adapter = shared.whole(shared.received(round_).pad(state, downlink), round_)
         self.received.append(adapter)
         key = derive(1, "target", assignment.round, assignment.node)
-        target = generator(key).standard_normal(LAYOUT.size).astype(np.float32)
-        change = trained.join(LAYOUT.split(np.float32(self.scale) * (target - adapter)))
-        payload = CODECS[self.spec.wire.codec].encode(change, trained, key)
+        target = generator(key).standard_normal(shared.layout.size).astype(np.float32)
+        change = shared.layout.cut(np.float32(self.scale) * (target - adapter), trained)
+        payload = codec_of(self.spec.wire).encode(change, trained, key)
         weight = 1.0 + assignment.node % 3
         own = (assignment.run, assignment.round, assignment.attempt, assignment.node, assignment.version)
         return Update(*own, "delta", weight, payload, {"loss": 1.0 + assignment.node % 3, "steps": 2.0})

@@ -99,17 +99,18 @@ COMMON: list[Corruption] = [
 ]
 SCALES = CODECS["int8"].size(TRAINED) - TRAINED.size
 NOT_FINITE = [bytes.fromhex(h) for h in ("0000c07f", "0100807f", "0000807f", "000080ff", "ffffffff")]
+
+
+def _bad_scale(update: Update, chance: random.Random) -> Update:
+    head = _planted(replace(update, payload=update.payload[:SCALES]), chance, chance.choice(NOT_FINITE))
+    return replace(update, payload=head.payload + update.payload[SCALES:])
+
+
 OWN: dict[str, list[Corruption]] = {
     "fp32": [lambda u, c: _planted(u, c, c.choice(NOT_FINITE))],
     "bf16": [lambda u, c: _planted(u, c, c.choice(NOT_FINITE)[2:])],
-    "int8": [
-        lambda u, c: _planted(u, c, b"\x80", SCALES),
-        lambda u, c: replace(
-            u,
-            payload=_planted(replace(u, payload=u.payload[:SCALES]), c, c.choice(NOT_FINITE)).payload
-            + u.payload[SCALES:],
-        ),
-    ],
+    "int8": [lambda u, c: _planted(u, c, b"\x80", SCALES), _bad_scale],
+    "fp4": [lambda u, c: _planted(u, c, c.choice([b"\x08", b"\x80"]), SCALES), _bad_scale],
 }
 
 

@@ -120,7 +120,8 @@ def test_a_fresh_start_reaches_what_one_row_space_cannot() -> None:
 @pytest.mark.parametrize("name", ["ffa", "fedsvd", "refresh", "rolora", "fedex"])
 def test_the_next_adapter_is_the_dense_mean(name: str) -> None:
     """Over rounds on end: in fedex all the residuals so far are in the frozen factors, and the budget holds them."""
-    shared = shared_of(name, **{"fedex": {"budget": 12}, "refresh": {"period": 2}}.get(name, {}))
+    given: dict[str, Any] = {"fedex": {"budget": 12}, "refresh": {"period": 2}}.get(name, {})
+    shared = shared_of(name, **given)
     state, buffers = shared.initial_state(), Buffers()
     for number in range(1, 8):
         adapter = shared.whole(state, number)

@@ -87,15 +87,15 @@ def moved(shared: SharedAdapter, found: list[Matrix], expected: list[Matrix]) ->
 
 @pytest.mark.parametrize(("recipe", "rule"), LEGAL)
 def test_with_nobody_bad_a_rule_is_near_the_mean(recipe: str, rule: str) -> None:
-    """Krum takes one node; TIES and breadcrumbs leave small or large entries out: they are near in direction."""
+    """Krum takes one node; TIES, breadcrumbs and PCB leave most entries out: they are near in direction alone."""
     shared = shared_of(recipe, rule)
     mean, found = after(shared_of(recipe, "mean"), good(shared)), after(shared, good(shared))
     start = deltas(shared, shared.initial_state(), 1)
-    ours, theirs = (
-        np.concatenate([np.subtract(d, s).ravel() for d, s in zip(x, start, strict=True)]) for x in (found, mean)
-    )
-    assert ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)) > 0.85
-    if rule not in ("krum", "ties", "breadcrumbs", "pcb"):
+    ours, theirs = (np.concatenate([(d - s).ravel() for d, s in zip(x, start, strict=True)]) for x in (found, mean))
+    sparse = rule in ("ties", "breadcrumbs", "pcb")
+    assert ours @ theirs / (size(ours) * size(theirs)) > (0.3 if sparse else 0.85)
+    assert size(ours) < 1.3 * size(theirs), "a step of the mean's size, and not of the sum's"
+    if not sparse and rule != "krum":
         assert moved(shared, found, mean) < 0.15
 
 
@@ -198,4 +198,7 @@ def test_a_head_alone_is_aggregated_too(rule: str) -> None:
     updates = weighed(Round(heads, heads, values(heads, 0), changes), chosen)
     found = combined(updates, chosen)
     assert found.dtype == np.float32
-    assert size(found - values(heads, 5)) <= (1e-5 if rule not in ("ties", "breadcrumbs") else 1.0) * size(found)
+    kept = found != 0
+    assert kept.any()
+    assert kept.all() or rule in ("ties", "breadcrumbs", "pcb")
+    np.testing.assert_allclose(found[kept], values(heads, 5)[kept], rtol=1e-5)

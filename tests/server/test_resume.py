@@ -99,6 +99,8 @@ def crashes(spec: RunSpec, fresh: Callable[[int], Store], *, after: bool) -> int
     [
         ("recipe.name=fedsvd", "recipe.optimizer=nesterov"),
         ("recipe.name=flexlora", "wire.downlink=bf16"),
+        ("recipe.name=flora", "recipe.budget=3", "adapter.ranks=[1, 2]", "adapter.rank=2"),
+        ("recipe.name=refresh", "recipe.period=1", "recipe.optimizer=nesterov"),
         ("recipe.name=fedit", "recipe.optimizer=adam", "wire.codec=int8"),
         ("recipe.name=ffa", "participation.sampling=poisson", "participation.rate=0.5"),
     ],
@@ -109,14 +111,19 @@ def test_killed_at_any_call_and_resumed(overrides: tuple[str, ...], after: bool)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_killed_at_any_call_and_resumed_from_a_file(tmp_path: Path, after: bool) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [("recipe.optimizer=nesterov",), ("recipe.name=flora",)],
+    ids=["fedsvd", "flora"],
+)
+def test_killed_at_any_call_and_resumed_from_a_file(tmp_path: Path, overrides: tuple[str, ...], after: bool) -> None:
     opened: list[SqliteStore] = []
 
     def fresh(at: int) -> Store:
         opened.append(SqliteStore(tmp_path / f"{at}.sqlite"))
         return opened[-1]
 
-    spec = spec_of("recipe.optimizer=nesterov", "run.rounds=2")
+    spec = spec_of(*overrides, "run.rounds=2")
     assert crashes(spec, fresh, after=after) > 20
     for store in opened:
         store.close()

@@ -1,5 +1,7 @@
 """What follows the step: FedSVD's refactorization, the fresh starts of `refresh`, and the rank that a round reports."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def fedsvd(layout: AdapterLayout, seed: int, period: int | None = None) -> Share
     return SharedAdapter(RECIPES["fedsvd"], chosen, layout, start_of(layout, seed))
 
 
-def refreshing(layout: AdapterLayout, seed: int, **given_: int) -> SharedAdapter:
+def refreshing(layout: AdapterLayout, seed: int, **given_: Any) -> SharedAdapter:
     """All A's orthonormal, all B's zero."""
     recipe, chosen = RECIPES["refresh"], Settings(name="refresh", **given_)
     layout = layout.with_frozen(recipe.budget(layout, chosen))

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 from fedapt.client.app import client_app
 from fedapt.outputs import spec_toml
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.errors import RunError
 from fedapt.protocols.records import (
     DESCRIBE,
@@ -62,8 +61,7 @@ def grid(federation: Federation) -> LocalGrid:
 def assignments(federation: Federation) -> list[Assignment]:
     """Round 1 for every node."""
     client = federation.client
-    state = initial_state(client.recipe, client.adapted.layout, client.start)
-    downlink = client.recipe.downlink(client.adapted.layout)
+    state, downlink = client.shared.initial_state(), client.shared.received(1)
     payload = CODECS["fp32"].encode(state, downlink, 0)
     return [Assignment("run", 1, 1, node, version_of(downlink, state), payload) for node in client.nodes()]
 
@@ -141,14 +139,20 @@ def test_an_update_in_anothers_name_is_a_failure(grid: LocalGrid, federation: Fe
     [
         ["recipe.name=fedsvd", "recipe.optimizer=nesterov", "wire.codec=int8"],
         ["recipe.name=flexlora", "wire.downlink=bf16", "local.optimizer=adamw", "local.learning_rate=0.01"],
+        ["recipe.name=flora", "adapter.ranks=[1, 2, 4]", "recipe.aggregator=geometric-median"],
+        ["recipe.name=refresh", "recipe.period=1", "wire.codec=fp4"],
+        ["recipe.name=fedex", "recipe.budget=6"],
+        ["recipe.name=rolora", "recipe.aggregator=median"],
+        ["recipe.name=fedsvd", "wire.codec=top-k", "wire.density=0.3"],
     ],
-    ids=["fedsvd", "flexlora"],
+    ids=lambda overrides: " ".join(override.partition("=")[2] for override in overrides),
 )
 def test_the_final_adapter_is_the_same(spec: RunSpec, overrides: list[str]) -> None:
     spec = spec.set(*overrides, "adapter.dropout=0.1", "participation.sampling=fixed", "participation.rate=0.7")
     client = build(spec).client
     finals = []
-    for nodes in (LocalGrid(client), FlowerGrid(LocalGrid(client))):
+    for wrap in (LocalGrid, lambda client: FlowerGrid(LocalGrid(client))):
+        nodes = wrap(client.under(spec))  # without what top-k kept back in the other run
         coordinator = Coordinator(spec, nodes, MemoryStore())
         rows = [{**row, "seconds": 0} for row in coordinator.rounds()]
         finals.append((coordinator.adapter().tobytes(), rows))

@@ -22,6 +22,3 @@ def layouts(draw: st.DrawFn) -> AdapterLayout:
     for name, shape in draw(st.dictionaries(names, st.lists(dims, max_size=3), max_size=4)).items():
         tensors[name] = TensorSpec(name, tuple(shape), "other")
     return AdapterLayout(draw(st.permutations(list(tensors.values()))))
-
-
-st.register_type_strategy(AdapterLayout, layouts())
