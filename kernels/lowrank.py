@@ -22,7 +22,7 @@ Matrix = np.ndarray[Any, np.dtype[Any]]
 MANY = 256
 """Stacked columns from which on the cheaper, rougher way to a norm is taken."""
 
-OVERSAMPLING, ITERATIONS, CHECK_EVERY = 16, 24, 4
+OVERSAMPLING, ITERATIONS, CHECK_EVERY = 16, 24, 2
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,18 @@ class LowRank:
         """
         b, a = self.b.astype(np.float64), self.a.astype(np.float64)
         if self.rank > MANY:
-            return float(np.sqrt(max(0.0, float(np.vdot(b.T @ b, a @ a.T)))))
+            return _norm_of(b.T @ b, a @ a.T)
         return float(np.linalg.norm(_core(b) @ _core(a.T).T))
+
+    def norm_and_distance(self, other: "LowRank") -> tuple[float, float]:
+        """`‖self‖` and `‖self − other‖`, of many stacked terms from one pair of Gram matrices; see `norm`."""
+        if self.rank <= MANY:
+            return self.norm(), self.minus(other).norm()
+        difference = self.minus(other)
+        b, a = difference.b.astype(np.float64), difference.a.astype(np.float64)
+        gram_b, gram_a = b.T @ b, a @ a.T
+        own = slice(self.rank)
+        return _norm_of(gram_b[own, own], gram_a[own, own]), _norm_of(gram_b, gram_a)
 
     def singular_values(self) -> Matrix:
         """The min(R, out, in) largest singular values of `b @ a`, falling; float64."""
@@ -140,6 +150,11 @@ def orthonormalize(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:
         raise ValueError(f"A of shape {a.shape} cannot have orthonormal rows: its rank exceeds its inputs")
     q, core = np.linalg.qr(a.T.astype(np.float64))
     return b @ core.T, q.T
+
+
+def _norm_of(gram_b: Matrix, gram_a: Matrix) -> float:
+    """`‖b·a‖` from `bᵀb` and `a·aᵀ`."""
+    return float(np.sqrt(max(0.0, float(np.vdot(gram_b, gram_a)))))
 
 
 def _core(tall: Matrix) -> Matrix:

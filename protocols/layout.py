@@ -94,12 +94,11 @@ class AdapterLayout:
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The LoRA factor pairs whose two tensors are both in this layout."""
-        by_name = {t.name: t for t in self.tensors}
         modules = (t.name.removesuffix(A_SUFFIX) for t in self.tensors if t.role == "A")
         return tuple(
-            Pair(module, by_name[module + A_SUFFIX], by_name[module + B_SUFFIX])
+            Pair(module, self.by_name[module + A_SUFFIX], self.by_name[module + B_SUFFIX])
             for module in modules
-            if module + B_SUFFIX in by_name
+            if module + B_SUFFIX in self.by_name
         )
 
     @cached_property
@@ -156,6 +155,15 @@ class AdapterLayout:
         return {
             t.name: flat[self.offsets[t.name] : self.offsets[t.name] + t.size].reshape(t.shape) for t in self.tensors
         }
+
+    def view(self, flat: Flat, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The view of one tensor of `flat` alone. Raises KeyError for a name outside the layout."""
+        first, spec = self.offsets[name], self.by_name[name]
+        return flat[first : first + spec.size].reshape(spec.shape)
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorSpec]:
+        return {tensor.name: tensor for tensor in self.tensors}
 
     def join(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> Flat:
         """One flat fp32 vector from tensors by name; names outside the layout are ignored."""

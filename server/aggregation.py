@@ -65,11 +65,12 @@ def aggregate(
                 _correct(mean, module, step)
             case "by-norm":
                 _move_to(_padded_mean(module, shares), module, step)
-        lost = mean.minus(_moved(module, step))
         if recipe.residual == "frozen":
-            lost = _freeze(lost, pair, start, step)
-        wanted += mean.norm() ** 2
-        missed += lost.norm() ** 2
+            length, distance = mean.norm(), _freeze(mean.minus(_moved(module, step)), pair, start, step).norm()
+        else:
+            length, distance = mean.norm_and_distance(_moved(module, step))
+        wanted += length**2
+        missed += distance**2
     return Aggregate(change, float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0, left)
 
 
@@ -92,9 +93,13 @@ def _move_to(product: LowRank, module: Module, step: dict[str, Matrix]) -> None:
 
 
 def _best(product: LowRank, rank: int) -> LowRank:
-    """The truncation to `rank`, exactly, or to SETTLED where many factors are stacked."""
+    """The truncation to `rank`: exactly, or to SETTLED where many factors are stacked.
+
+    The changes came as fp32 and what is kept travels as fp32, so the iteration is in fp32 too; its residual is checked.
+    """
     if product.rank > STACKED:
-        found, residual = product.dominant(rank, SETTLED)
+        narrow = LowRank(product.b.astype(np.float32), product.a.astype(np.float32))
+        found, residual = narrow.dominant(rank, SETTLED)
         if residual <= SETTLED:
             return found
     return product.truncate(rank)

@@ -79,14 +79,12 @@ class Round:
         return np.stack([c.change for c in self.contributions])
 
     def module(self, pair: Pair) -> Module:
-        start = self.layout.split(self.adapter)
-        b, a = (start[spec.name].astype(np.float64) for spec in (pair.b, pair.a))
-        shares_a = pair.a.name not in self.trained.offsets
+        b, a = (self.layout.view(self.adapter, spec.name).astype(np.float64) for spec in (pair.b, pair.a))
+        trains_b, shares_a = (pair.b.name in self.trained.offsets), (pair.a.name not in self.trained.offsets)
         ended = []
         for contribution in self.contributions:
-            change = self.trained.split(contribution.change)
             rank = pair.rank if shares_a else min(contribution.rank or pair.rank, pair.rank)
-            own_b = b + change[pair.b.name] if pair.b.name in change else b
-            own_a = a if shares_a else a + change[pair.a.name]
+            own_b = b + self.trained.view(contribution.change, pair.b.name) if trains_b else b
+            own_a = a if shares_a else a + self.trained.view(contribution.change, pair.a.name)
             ended.append(LowRank(own_b[:, :rank], own_a if rank == len(own_a) else own_a[:rank]))
         return Module(pair, LowRank(b, a), ended, [c.weight for c in self.contributions])

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedapt.kernels import lowrank
 from fedapt.kernels.lowrank import (
     MANY,
     LowRank,
@@ -316,3 +317,19 @@ def test_fp32_keeps_six_digits_at_the_size_of_a_layer(rank: int) -> None:
     assert total.b.dtype == np.float32
     assert relative_error(total.truncate(rank).b, total.truncate(rank).a) <= 1e-6
     assert relative_error(*orthonormalize(b, 3 * a / 3)) <= 1e-6
+
+
+@pytest.mark.parametrize("many", [-1, MANY])
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.integers(0, 9999))
+def test_norm_and_distance_are_the_dense_ones(
+    many: int, outputs: int, inputs: int, rank: int, other: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    one, two = (
+        LowRank(random.standard_normal((outputs, r)), random.standard_normal((r, inputs))) for r in (rank, other)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "MANY", many)
+        norm, distance = one.norm_and_distance(two)
+    assert norm == pytest.approx(np.linalg.norm(one.b @ one.a), abs=1e-7)
+    assert distance == pytest.approx(np.linalg.norm(one.b @ one.a - two.b @ two.a), abs=1e-7)

@@ -213,3 +213,11 @@ BAD_JSON = {
 def test_bad_json_is_a_payload_error(text: str) -> None:
     with pytest.raises(PayloadError, match="not an adapter layout"):
         AdapterLayout.from_json(text)
+
+
+@given(st.from_type(AdapterLayout))
+def test_a_view_is_the_tensor_of_the_split(layout: AdapterLayout) -> None:
+    flat = np.arange(layout.size, dtype=np.float32)
+    for name, tensor in layout.split(flat).items():
+        assert np.array_equal(layout.view(flat, name), tensor)
+        assert np.shares_memory(layout.view(flat, name), flat) or not tensor.size
