@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from ..protocols.errors import ModelError
 from ..protocols.keys import derive, generator
@@ -33,37 +31,36 @@ def add_frozen(adapted: AdaptedModel, recipe: Recipe, spec: RunSpec) -> AdaptedM
             f"{sorted({pair.rank for pair in layout.pairs})}: give them one rank, or take another recipe"
         )
     layout = layout.with_frozen(recipe.budget(layout, spec.recipe))
-    factors = _second_adapter(adapted, layout)
-    names = {name: name for name in factors}
+    names = adapted.parameter_names | _second_adapter(adapted, layout)
     whole = replace(
         adapted,
         layout=layout,
-        parameters={t.name: (adapted.parameters | factors)[t.name] for t in layout.tensors},
-        parameter_names={t.name: (adapted.parameter_names | names)[t.name] for t in layout.tensors},
+        parameters={t.name: adapted.model.get_parameter(names[t.name]) for t in layout.tensors},
+        parameter_names={t.name: names[t.name] for t in layout.tensors},
     )
     _draw(whole, recipe, spec)
     return whole
 
 
-def _second_adapter(adapted: AdaptedModel, layout: AdapterLayout) -> dict[str, nn.Parameter]:
-    """Put it into the model; its parameters by the layout's names."""
-    model, first = adapted.model, adapted.model.active_adapter
-    sizes = {t.name: t.shape for t in layout.tensors}
-    factors: dict[str, nn.Parameter] = {}
-    own = {adapted.parameter_names[pair.a.name].partition(".lora_A.")[0]: pair for pair in adapted.layout.pairs}
-    for name, layer in model.named_modules():
-        if name not in own or not isinstance(layer, LoraLayer):
-            continue
-        rank = sizes[own[name].frozen[1]][0]
-        scaling = float(layer.scaling[first])
+def _second_adapter(adapted: AdaptedModel, layout: AdapterLayout) -> dict[str, str]:
+    """Put it into the model; the layout's names of its factors ⇒ the model's."""
+    first = adapted.model.active_adapter
+    names: dict[str, str] = {}
+    for pair in adapted.layout.pairs:
+        module = adapted.parameter_names[pair.a.name].partition(".lora_A.")[0]
+        layer = adapted.model.get_submodule(module)
+        rank, scaling = layout.by_name[pair.frozen[1]].shape[0], float(layer.scaling[first])
         config = LoraConfig(r=rank, lora_alpha=scaling * rank, init_lora_weights=False)
         layer.update_layer(FROZEN, rank, lora_alpha=scaling * rank, config=config)
         layer.set_adapter([first, FROZEN])
-        for factor, side in zip(own[name].frozen, (layer.lora_B, layer.lora_A), strict=True):
-            factors[factor] = side[FROZEN].weight.requires_grad_(False)
         for side in (layer.lora_A, layer.lora_B):
+            side[FROZEN].float().requires_grad_(False)  # fp32 over any base, like all of an adapter
             side[first].requires_grad_(True)
-    return factors
+        names |= {
+            pair.frozen[0]: f"{module}.lora_B.{FROZEN}.weight",
+            pair.frozen[1]: f"{module}.lora_A.{FROZEN}.weight",
+        }
+    return names
 
 
 def _draw(adapted: AdaptedModel, recipe: Recipe, spec: RunSpec) -> None:

@@ -192,14 +192,15 @@ def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout |
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = layer.base_layer(x, *args, **kwargs)
+        sums = base.to(b.dtype)
         for frozen_a, frozen_b, factor in shared:
-            base = base + factor * (x.to(frozen_a.dtype) @ frozen_a.mT @ frozen_b.mT)
+            sums = sums + factor * (x.to(frozen_a.dtype) @ frozen_a.mT @ frozen_b.mT)
         rows = x.to(a.dtype).reshape(count, -1, x.shape[-1])
         if dropout is not None:
             rows = torch.stack([dropout(name, member, rows[member]) for member in range(count)])
         inner = torch.matmul(rows, a.mT)  # (C, rows, r)
         outer = b.mT.expand(count, -1, -1)
-        sums = torch.baddbmm(base.to(b.dtype).view(count, -1, base.shape[-1]), inner, outer, alpha=scaling)
+        sums = torch.baddbmm(sums.view(count, -1, base.shape[-1]), inner, outer, alpha=scaling)
         return sums.view_as(base).to(base.dtype)
 
     return forward
