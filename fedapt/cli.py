@@ -177,11 +177,15 @@ def sweep(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this one alone.")] = None, as_json: Json = False
 ) -> None:
-    """What each recipe does, cites, needs and sends."""
-    from .presentation import recipe_rows, recipe_text
+    """What each recipe does, cites, needs and sends; and the adapter methods, with what each is linear in."""
+    from .presentation import method_rows, method_text, recipe_rows, recipe_text
 
     rows = recipe_rows(name)
-    _emit({"recipes": rows}, as_json, recipe_text(rows))
+    if name is not None:
+        _emit({"recipes": rows}, as_json, recipe_text(rows))
+        return
+    methods = method_rows()
+    _emit({"recipes": rows, "methods": methods}, as_json, f"{recipe_text(rows)}\n\n{method_text(methods)}")
 
 
 @app.command(epilog="Example: fedapt doctor")

@@ -1,9 +1,11 @@
 """Results as text for people and as JSON for machines."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .protocols.methods import METHODS
 from .protocols.recipes import RECIPES, Recipe, recipe_named
 from .svg import size
 
@@ -94,6 +96,17 @@ def recipe_rows(name: str | None) -> list[dict[str, Any]]:
         }
         for recipe in (RECIPES.values() if name is None else [recipe_named(name)])
     ]
+
+
+def method_rows() -> list[dict[str, str]]:
+    """The table of adapter methods."""
+    return [asdict(method) for method in METHODS.values()]
+
+
+def method_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """One line a method, and what it is linear in."""
+    lines = [f"{row['name']:<10} {row['summary']}  [{row['paper']}]\n{'':<10} linear: {row['linear']}" for row in rows]
+    return "adapter.method, with recipe fedit but for lora:\n" + "\n".join(lines)
 
 
 def _downlink(recipe: Recipe) -> str:
