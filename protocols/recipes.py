@@ -133,7 +133,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="rolora",
             summary="train B in odd rounds and A in even ones, so that each mean is exact",
-            paper="RoLoRA, arXiv 2409.02346",
+            paper="RoLoRA, arXiv 2502.01755",
             trains=BOTH,
             alternates=True,
             server_optimizers=REPLACED,

@@ -120,9 +120,10 @@ def _truncate_and_keep(module: Module, mean: LowRank, step: dict[str, Matrix], r
 
 
 def _correct(mean: LowRank, module: Module, step: dict[str, Matrix]) -> None:
-    """LoRA-FAIR (arXiv 2411.14961 §4): B moves so that `(B̄ + ΔB)·Ā` comes nearest to the mean product.
+    """LoRA-FAIR (arXiv 2411.14961): B moves so that `(B̄ + ΔB)·Ā` comes near to the mean product, and ΔB stays small.
 
-    `ΔB = (M − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹`, the ridge solution for the squared distance.
+    The paper leaves the distance open and descends on it; of the squared distance the minimum is known:
+    `ΔB = (M − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹`.
     """
     averaged = _moved(module, step)
     gram = averaged.a @ averaged.a.T
@@ -133,7 +134,7 @@ def _correct(mean: LowRank, module: Module, step: dict[str, Matrix]) -> None:
 
 
 def _norm_shares(updates: Round) -> list[float]:
-    """HetLoRA's weights (arXiv 2401.06432 §3.3): in proportion to `‖B_k·A_k‖` of the whole adapter."""
+    """HetLoRA's weights (arXiv 2401.06432): in proportion to `‖B_k·A_k‖` of the whole adapter."""
     squares = np.zeros(len(updates.contributions))
     for pair in updates.layout.pairs:
         squares += [product.norm() ** 2 for product in updates.module(pair).ended]
