@@ -122,7 +122,7 @@ def _truncate_and_keep(module: Module, mean: LowRank, step: dict[str, Matrix], r
 def _correct(mean: LowRank, module: Module, step: dict[str, Matrix]) -> None:
     """LoRA-FAIR (arXiv 2411.14961): B moves so that `(B̄ + ΔB)·Ā` comes near to the mean product, and ΔB stays small.
 
-    The paper leaves the distance open and descends on it; of the squared distance the minimum is known:
+    The paper descends on a similarity; of the squared distance the minimum is known:
     `ΔB = (M − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹`.
     """
     averaged = _moved(module, step)
