@@ -1,30 +1,15 @@
 """The seam `client.train`: a whole cohort, one message after another, and what is refused."""
 
-from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
 
-from fedapt.client.adapted import AdaptedModel, adapt, orthonormalize_factors
-from fedapt.client.app import client_app
-from fedapt.client.batches import plan_batches
-from fedapt.client.client import Client, Sites
-from fedapt.client.frozen import add_frozen
-from fedapt.client.tasks import Examples, SequenceClassification
-from fedapt.client.trainer import Trainer
 from fedapt.protocols.codecs import CODECS, codec_of
 from fedapt.protocols.errors import DataError, PayloadError, SpecError
-from fedapt.protocols.layout import AdapterLayout, Flat
-from fedapt.protocols.legality import rank_of
 from fedapt.protocols.recipes import RECIPES
 from fedapt.protocols.records import (
     DESCRIBE,
@@ -32,118 +17,11 @@ from fedapt.protocols.records import (
     TRAIN,
     assignment_to_records,
     description_from_records,
-    message,
     update_from_records,
 )
-from fedapt.protocols.spec import RunSpec
-from fedapt.protocols.update import Assignment, Update
+from fedapt.protocols.update import Assignment
 
-RAGGED = {10: 5, 20: 0, 30: 1, 40: 12, 50: 4}
-"""Node ⇒ examples that it holds."""
-
-
-@cache
-def model_of(dropout: float = 0.0, frozen: str = "", rank: int = 2) -> AdaptedModel:
-    """The base is the same in all of them; `frozen` names a recipe that has frozen factors."""
-    config = BertConfig(
-        vocab_size=100,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        num_labels=3,
-        initializer_range=0.1,
-    )
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=4 * rank,
-        target_modules=["query", "dense"],
-        modules_to_save=["classifier"],
-        lora_dropout=dropout,
-    )
-    torch.manual_seed(0)
-    adapted = adapt(get_peft_model(BertForSequenceClassification(config), lora), SequenceClassification(None, 16))
-    orthonormalize_factors(adapted)
-    return add_frozen(adapted, RECIPES[frozen], spec_of(f"recipe.name={frozen}")) if frozen else adapted
-
-
-def sites_of(sizes: dict[int, int]) -> Sites:
-    random, ends = np.random.default_rng(0), np.cumsum(list(sizes.values()))
-    count = int(ends[-1])
-    texts = [random.integers(1, 100, random.integers(2, 13)) for _ in range(count)]
-    examples = Examples(texts, [np.array(label) for label in random.integers(0, 3, count)], np.arange(count))
-    parts = np.split(np.arange(count), ends[:-1])
-    return Sites(examples, dict(zip(sizes, parts, strict=True)))
-
-
-def spec_of(*overrides: str) -> RunSpec:
-    raw: dict[str, Any] = {
-        "model": {"base": "tiny", "task": "sequence-classification", "labels": 3},
-        "recipe": {"name": "fedit"},
-        "local": {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4},
-    }
-    return RunSpec.check(raw).set(*overrides)
-
-
-def client_of(*overrides: str, sizes: dict[int, int] = RAGGED, dropout: float = 0.0, rank: int = 2) -> Client:
-    spec = spec_of(*overrides)
-    recipe = RECIPES.get(spec.recipe.name)
-    model = dropout, spec.recipe.name if recipe is not None and recipe.has_frozen else "", rank
-    adapted, start = model_of(*model), start_of(*model)
-    adapted.write(start)
-    return Client(spec, adapted, sites_of(sizes))
-
-
-@cache
-def start_of(dropout: float, frozen: str, rank: int) -> Flat:
-    return model_of(dropout, frozen, rank).read()
-
-
-def state_of(client: Client, seed: int | None = None) -> Flat:
-    """The state of round 1; with a seed, some later one of the same form."""
-    state = client.shared.initial_state()
-    if seed is None:
-        return state
-    noise = np.random.default_rng(seed).standard_normal(len(state)).astype(np.float32)
-    return (state + np.float32(0.1) * noise).astype(np.float32)
-
-
-def assignments_of(client: Client, nodes: Sequence[int], state: Flat, round_: int = 1) -> list[Assignment]:
-    """What a node of its own rank gets of the state."""
-    whole, codec = client.shared.received(round_), CODECS[client.spec.wire.downlink]
-    own = {node: client.shared.received(round_, rank_of(client.spec, node)) for node in nodes}
-    payloads = {node: codec.encode(whole.cut(state, layout), layout, 0) for node, layout in own.items()}
-    return [Assignment("run", round_, 2, node, f"version {round_}", payloads[node]) for node in nodes]
-
-
-def sent(message_type: str, node: int, content: RecordDict) -> Message:
-    """A message as our grids build it."""
-    return message(content, Metadata(7, "1", 0, node, "", "", 0.0, 3600.0, message_type))
-
-
-def asked(client: Client, message_type: str, node: int, content: RecordDict) -> RecordDict:
-    """What the ClientApp answers."""
-    context = Context(7, node, {}, RecordDict(), {})
-    reply = client_app(lambda _: client)(sent(message_type, node, content), context)
-    return reply.content
-
-
-def change_of(client: Client, update: Update) -> Flat:
-    layout = client.shared.sent(update.round, rank_of(client.spec, update.node))
-    return CODECS[client.spec.wire.codec].decode(update.payload, layout)
-
-
-def assert_same(client: Client, one: Update, two: Update, tolerance: float = 1e-5) -> None:
-    ours = [(u.run, u.round, u.attempt, u.node, u.version, u.kind, u.weight) for u in (one, two)]
-    assert ours[0] == ours[1]
-    assert set(one.metrics) == set(two.metrics)
-    for name, value in one.metrics.items():
-        assert value == pytest.approx(two.metrics[name], rel=1e-4)
-    if one.kind == "empty":
-        assert one.payload == two.payload == b""
-        return
-    first, second = change_of(client, one), change_of(client, two)
-    assert np.linalg.norm(first - second) <= tolerance * np.linalg.norm(second)
+from .clients import RAGGED, asked, assert_same, assignments_of, change_of, client_of, sites_of, state_of
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -298,76 +176,6 @@ def test_training_learns() -> None:
     after = client.evaluate(40).metrics(client.adapted.task)["loss"]
     assert after < 0.7 * before
     assert update.metrics["steps"] == 45
-
-
-MIXED = ("adapter.ranks=[1, 2, 4]", "adapter.rank=4")
-
-
-def trained_by_stock_peft(client: Client, assignment: Assignment, rank: int) -> Flat:
-    """The change of a peft model of this rank and the same scaling, in a plain loop; over what the node sends."""
-    client.load(assignment)
-    adapted, local = model_of(rank=rank), client.spec.local
-    adapted.write(client.adapted.layout.cut(client.adapted.read(), adapted.layout))
-    sent = client.shared.sent(assignment.round, rank)
-    before = sent.join(adapted.layout.split(adapted.read()))
-    own = client.sites.indices[assignment.node]
-    examples, key = client.sites.examples, (client.spec.run.seed, assignment.round, assignment.node)
-    parameters = [adapted.parameters[t.name] for t in sent.tensors]
-    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[local.optimizer]
-    optimizer = kind(parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
-    for rows in plan_batches(examples.lengths[own], local, *key):
-        batch = adapted.task.collate(examples, [own[rows]])
-        optimizer.zero_grad()
-        adapted.model(**batch.inputs, labels=batch.labels).loss.backward()
-        optimizer.step()
-    return np.asarray(sent.join(adapted.layout.split(adapted.read())) - before, np.float32)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "tolerance"),
-    [
-        (("local.optimizer=sgd", "local.weight_decay=0.01"), 2e-5),
-        (("local.optimizer=adamw", "local.learning_rate=1e-3", "local.weight_decay=0.01"), 1e-3),
-    ],
-    ids=["sgd", "adamw"],
-)
-@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.mixes_ranks])
-def test_a_node_of_a_small_rank_trains_what_stock_peft_trains(
-    recipe: str, optimizer: tuple[str, ...], tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the model of the largest rank, whose further components stay zero to the last bit."""
-    sizes = {node: 4 + node % 3 for node in range(12)}
-    client = client_of(f"recipe.name={recipe}", *MIXED, *optimizer, "local.steps=3", sizes=sizes, rank=4)
-    changes: list[Flat] = []
-    train = Trainer.train
-
-    def noted(trainer: Trainer, *given: Any) -> Any:
-        results = train(trainer, *given)
-        changes.extend(result.change for result in results)
-        return results
-
-    monkeypatch.setattr(Trainer, "train", noted)
-    ranks = {rank_of(client.spec, node): node for node in sizes}
-    assert set(ranks) == {1, 2, 4}
-    assignments = assignments_of(client, list(ranks.values()), state_of(client, seed=4))
-    updates, whole = client.train(assignments), client.shared.sent(1)
-    for rank, assignment, update, change in zip(ranks, assignments, updates, changes, strict=True):
-        own: AdapterLayout = client.shared.sent(1, rank)
-        assert len(update.payload) == 4 * own.size
-        assert np.array_equal(whole.pad(whole.cut(change, own), own), change)
-        expected = trained_by_stock_peft(client, assignment, rank)
-        assert np.linalg.norm(change_of(client, update) - expected) <= tolerance * np.linalg.norm(expected)
-
-
-def test_another_scaling_would_be_caught() -> None:
-    """The control: a node of rank 2 beside a stock model of rank 1."""
-    client = client_of("recipe.name=flexlora", *MIXED, "local.steps=3", sizes=dict.fromkeys(range(12), 6), rank=4)
-    node = next(node for node in range(12) if rank_of(client.spec, node) == 2)
-    (assignment,) = assignments_of(client, [node], state_of(client, seed=4))
-    (update,) = client.train([assignment])
-    own, smaller = client.shared.sent(1, 2), client.shared.sent(1, 1)
-    found, expected = own.cut(change_of(client, update), smaller), trained_by_stock_peft(client, assignment, 1)
-    assert np.linalg.norm(found - expected) > 1e-3 * np.linalg.norm(expected)
 
 
 def test_only_what_the_round_trains_moves() -> None:
