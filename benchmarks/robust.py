@@ -7,11 +7,13 @@ A). Four nodes multiply their updates by 100, or flip the sign. Asked of the rob
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fedapt.client.client import Client
 from fedapt.protocols.codecs import codec_of
+from fedapt.protocols.errors import PayloadError, RunError
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Update
 from fedapt.server.coordinator import Coordinator
@@ -60,19 +62,25 @@ class HostileGrid(LocalGrid):
 
     def replies(self, timeout: float) -> Iterator[Update]:
         for update in super().replies(timeout):
-            yield self._spoiled(update) if update.node in HOSTILE and self.factor != 1.0 else update
+            yield self._spoiled(update) if update.node in HOSTILE else update
 
     def _spoiled(self, update: Update) -> Update:
         codec, layout = codec_of(self.client.spec.wire), self.client.shared.sent(update.round)
-        return replace(
-            update, payload=codec.encode(self.factor * codec.decode(update.payload, layout), layout, update.round)
-        )
+        try:
+            change = self.factor * codec.decode(update.payload, layout)
+        except PayloadError:  # the run has diverged
+            return update
+        return replace(update, payload=codec.encode(change, layout, update.round))
 
 
 def final_loss(federation: Federation, spec: RunSpec, factor: float) -> float:
+    """Infinite for a run that diverges."""
     grid = HostileGrid(federation.client, factor)
     coordinator = Coordinator(spec, grid, MemoryStore(), evaluate=federation.evaluate)
-    *_, last = coordinator.rounds()
+    try:
+        *_, last = coordinator.rounds()
+    except RunError:  # the adapter is so far off that no honest node gets a finite update any more
+        return math.inf
     return float(last["evaluation"]["loss"])
 
 
