@@ -49,8 +49,10 @@ clients = 20
 """
 HOSTILE = range(0, 20, 5)
 ATTACKS = {"honest": 1.0, "times 100": 100.0, "flipped": -1.0}
-ON_PRODUCTS = ("mean", "geometric-median", "krum", "multi-krum")
-ON_SHARED_A = ("mean", "clip", "median", "trimmed-mean", "geometric-median")
+AGGREGATORS = {
+    "flexlora": ("mean", "geometric-median", "krum", "multi-krum"),
+    "ffa": ("mean", "clip", "median", "trimmed-mean", "geometric-median"),
+}
 
 
 class HostileGrid(LocalGrid):
@@ -98,9 +100,10 @@ def table(recipe: str, aggregators: Sequence[str]) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    table("flexlora", ON_PRODUCTS)
-    table("ffa", ON_SHARED_A)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=AGGREGATORS, default=list(AGGREGATORS))
+    for recipe in parser.parse_args().recipes:
+        table(recipe, AGGREGATORS[recipe])
 
 
 if __name__ == "__main__":
