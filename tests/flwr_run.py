@@ -6,6 +6,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 
 def flwr_run(app: Path, home: Path, config: str) -> str:
     """What `flwr run` prints with four virtual nodes; `home` is where Flower keeps its own things."""
@@ -16,5 +18,15 @@ def flwr_run(app: Path, home: Path, config: str) -> str:
     environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     command = [str(Path(sys.executable).with_name("flwr")), "run", str(app), "local", "--stream"]
     command += ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1", "--run-config", config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, env=environment, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=540, env=environment, check=False)
+    finally:
+        _stop_superlink(home)
     return done.stdout + done.stderr
+
+
+def _stop_superlink(home: Path) -> None:
+    """`flwr run` leaves the SuperLink that it starts for a local run."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(home) in word for word in process.info["cmdline"] or ()):
+            process.terminate()
