@@ -80,8 +80,9 @@ def merge_adapters(
     for module in adapters[0].changes:
         merged = _merge([adapter.changes[module] for adapter in adapters], method, parts, options)
         best = merged.truncate(kept)
-        wanted += merged.norm() ** 2
-        missed += merged.minus(best).norm() ** 2
+        length, distance = merged.norm_and_distance(best)
+        wanted += length**2
+        missed += distance**2
         tensors |= {module + A_SUFFIX: best.a, module + B_SUFFIX: best.b}
     error = float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0
     for name, values in adapters[0].others.items():

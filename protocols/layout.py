@@ -129,14 +129,14 @@ class AdapterLayout:
     def cut(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
         """The leading part of each tensor that `smaller` has, as a vector over `smaller`."""
         tensors = self.split(flat)
-        return smaller.join({t.name: tensors[t.name][_leading(t.shape)] for t in smaller.tensors})
+        return smaller.join({t.name: leading(tensors[t.name], t.shape) for t in smaller.tensors})
 
     def pad(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
         """The inverse of `cut`: a vector over this layout, zero beyond what `smaller` has."""
         whole: Flat = np.zeros(self.size, np.float32)
         tensors = self.split(whole)
         for name, values in smaller.split(flat).items():
-            tensors[name][_leading(values.shape)] = values
+            leading(tensors[name], values.shape)[...] = values
         return whole
 
     def select(self, roles: Collection[Role]) -> "AdapterLayout":
@@ -152,9 +152,7 @@ class AdapterLayout:
         """Views of `flat` (fp32, (size,)) by tensor name, in shape. Raises PayloadError on a wrong length."""
         if flat.shape != (self.size,):
             raise PayloadError(f"a flat vector of {flat.shape} does not fit a layout of {self.size} values")
-        return {
-            t.name: flat[self.offsets[t.name] : self.offsets[t.name] + t.size].reshape(t.shape) for t in self.tensors
-        }
+        return {t.name: self.view(flat, t.name) for t in self.tensors}
 
     def view(self, flat: Flat, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The view of one tensor of `flat` alone. Raises KeyError for a name outside the layout."""
@@ -202,5 +200,10 @@ class AdapterLayout:
         return f"AdapterLayout({len(self.tensors)} tensors, {self.size} values)"
 
 
-def _leading(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(n) for n in shape)
+def leading(
+    tensor: np.ndarray[Any, np.dtype[np.float32]], shape: tuple[int, ...]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The view of the first `shape` values of a tensor along each of its axes."""
+    index: Any = (*(slice(n) for n in shape), ...)  # the dots make a view of a scalar, too
+    view: np.ndarray[Any, np.dtype[np.float32]] = tensor[index]
+    return view

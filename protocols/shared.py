@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .layout import A_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair
+from .layout import A_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, leading
 from .recipes import Recipe
 from .spec import Recipe as Settings
 
@@ -43,7 +43,8 @@ class SharedAdapter:
         tensors = self.layout.split(self.start)
         for pair in self.layout.pairs:
             tensors[pair.module + ROTATION_SUFFIX] = np.eye(pair.rank, dtype=np.float32)
-        return self.received(1).join({t.name: _leading(tensors[t.name], t.shape) for t in self.received(1).tensors})
+        received = self.received(1)
+        return received.join({t.name: leading(tensors[t.name], t.shape) for t in received.tensors})
 
     def whole(self, state: Flat, round_: int) -> Flat:
         """The whole adapter, fp32, (layout.size,), that the state at the start of a round stands for."""
@@ -51,7 +52,7 @@ class SharedAdapter:
         tensors = self.layout.split(self.start.copy())
         for name, view in tensors.items():
             if name in received:
-                _leading(view, received[name].shape)[...] = received[name]
+                leading(view, received[name].shape)[...] = received[name]
         for pair in self.layout.pairs:
             if self.recipe.refreshes:
                 self._turn_page(pair, tensors, round_)
@@ -73,9 +74,3 @@ class SharedAdapter:
         first = self.recipe.refreshed(self.layout, round_, self.settings) * pair.rank
         tensors[pair.a.name][...] = drawn[first : first + pair.rank]
         frozen[...] = drawn[: len(frozen)]
-
-
-def _leading(tensor: Matrix, shape: tuple[int, ...]) -> Matrix:
-    index: Any = (*(slice(n) for n in shape), ...)  # the dots make a view of a scalar, too
-    view: Matrix = tensor[index]
-    return view

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedapt.cli import main
+from .running import in_process
 
 FEDAPT = [str(Path(sys.executable).with_name("fedapt"))]
 COMMANDS = [
@@ -30,21 +30,6 @@ COMMANDS = [
     ["runs"],
     ["runs", "compare"],
 ]
-
-
-def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of `main()` in this process: as in a process of its own, without its imports."""
-    before = sys.argv
-    sys.argv = ["fedapt", *map(str, arguments)]
-    code = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

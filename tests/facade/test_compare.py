@@ -2,14 +2,12 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedapt.cli import main
 from fedapt.comparing import compare
 from fedapt.outputs import read_run
 from fedapt.protocols.errors import DataError
@@ -17,6 +15,7 @@ from fedapt.protocols.spec import RunSpec
 from fedapt.server.coordinator import best_round
 from fedapt.simulation import run
 
+from .running import in_process
 from .test_report import Page
 
 SPEC = """
@@ -67,17 +66,7 @@ def two(tmp_path: Path) -> list[Path]:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    before = sys.argv
-    sys.argv = ["fedapt", "runs", "compare", *map(str, arguments)]
-    code = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return in_process(capsys, "runs", "compare", *arguments)
 
 
 def test_the_numbers(two: list[Path]) -> None:

@@ -1,7 +1,6 @@
 """`fedapt adapter merge`: the numbers against dense matrices, the folder against peft, one message for each mistake."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedapt.adapters import describe_adapter, read_adapter
-from fedapt.cli import main
 from fedapt.kernels.lowrank import Matrix
 from fedapt.kernels.merging import breadcrumbs, pcb, ties
 from fedapt.merging import merge_adapters
 from fedapt.protocols.errors import ModelError, OutputError, SpecError
+
+from .running import in_process
 
 PREFIX = "base_model.model."
 SHAPES = {"layer.0.query": (6, 5), "layer.1.query": (4, 7)}
@@ -260,16 +260,7 @@ def test_an_adapter_without_factors_is_refused(tmp_path: Path) -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    before, code = sys.argv, 0
-    sys.argv = ["fedapt", "adapter", "merge", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return in_process(capsys, "adapter", "merge", *arguments)
 
 
 @pytest.mark.parametrize(
