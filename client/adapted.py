@@ -1,7 +1,7 @@
 """A model with its adapter, as one flat vector over the adapter's layout."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 from ..kernels.lowrank import orthonormalize
 from ..protocols.errors import ModelError
 from ..protocols.layout import AdapterLayout, Flat, Role, TensorSpec
-from .tasks import CausalLanguageModel, Task
+from .prefix import PREFIX, PrefixStates
+from .tasks import Batch, CausalLanguageModel, Examples, Indices, Task
 
 
 @dataclass
@@ -29,6 +30,7 @@ class AdaptedModel:
     layout: AdapterLayout
     parameters: dict[str, nn.Parameter]
     parameter_names: dict[str, str]
+    prefix: PrefixStates = field(default_factory=PrefixStates)
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +46,21 @@ class AdaptedModel:
         """Put an adapter (fp32, (layout.size,)) into the model."""
         for name, values in self.layout.split(flat).items():
             self.parameters[name].copy_(torch.from_numpy(values))
+
+    def prepare(self, examples: Examples, indices: Indices) -> None:
+        """Run the frozen prefix for all of these examples at once: cheaper than batch by batch."""
+        self.prefix.fill(self.model, self.task, examples, indices)
+
+    def batch(self, examples: Examples, members: Sequence[Indices]) -> Batch:
+        """`members[m]` are the indices of member m's examples; the batch is on the model's device."""
+        self.prepare(examples, np.concatenate(members))
+        batch = self.task.collate(examples, members)
+        rows, length = (max(size) for size in zip(*batch.shapes, strict=True))
+        inputs = {key: value.to(self.device) for key, value in batch.inputs.items()}
+        states = self.prefix.gather(examples, members, (rows, length))
+        if states is not None:
+            inputs[PREFIX] = states
+        return Batch(inputs, batch.labels.to(self.device), batch.shapes)
 
     def config(self) -> dict[str, Any]:
         """What peft writes to adapter_config.json; of a bottleneck, what `load_adapted_folder` reads."""

@@ -38,6 +38,7 @@ class Scores:
 def score(adapted: AdaptedModel, examples: Examples, indices: Array | None = None) -> Scores:
     """Scores of all examples (or of `indices`), through the model's own forward; like lengths share a batch."""
     chosen = np.arange(len(examples)) if indices is None else np.asarray(indices)
+    adapted.prepare(examples, chosen)
     lengths = examples.lengths[chosen]
     order = np.argsort(-lengths, kind="stable")
     result = np.zeros((3, len(chosen)))
@@ -45,9 +46,8 @@ def score(adapted: AdaptedModel, examples: Examples, indices: Array | None = Non
     while position < len(order):
         rows = max(1, EVALUATION_TOKENS // max(1, int(lengths[order[position]])))
         own = order[position : position + rows]
-        batch = adapted.task.collate(examples, [chosen[own]])
-        inputs = {key: value.to(adapted.device) for key, value in batch.inputs.items()}
-        logits = adapted.model(**inputs).logits.float()
-        result[:, own] = torch.stack(adapted.task.losses(logits, batch.labels.to(adapted.device))).cpu().numpy()
+        batch = adapted.batch(examples, [chosen[own]])
+        logits = adapted.model(**batch.inputs).logits.float()
+        result[:, own] = torch.stack(adapted.task.losses(logits, batch.labels)).cpu().numpy()
         position += rows
     return Scores(*result)

@@ -22,9 +22,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
-    """Encoded examples: ready to be padded and stacked.
+    """Encoded examples: ready to be padded and stacked. Two sets are equal only if they are the same object.
 
     `inputs[i]` are token ids (n,) int64, or pixels (channels, height, width) float32; `labels[i]` is a class index
     or, for causal language models, a vector beside the token ids. `rows[i]` is the row of the table it came from:
