@@ -4,8 +4,8 @@
     python benchmarks/trec.py --table
 
 MODEL_FOLDER is an ordinary Hugging Face encoder; TREC_FOLDER holds train.jsonl and test.jsonl. Every method first tries
-RATES on seed 0 with a tenth of the training data held out; the best rate is then run on seeds 1, 2 and 3 and scored on
-test after the last round, once. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at
+three rates on seed 0 with a tenth of the training data held out; the best rate is then run on seeds 1, 2 and 3 and scored
+on test after the last round, once; a codec takes the rate of fp32. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at
 any time (`--minutes` stops it before a run that would start later).
 
 Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, about the mean. Codecs run on `fedsvd`
@@ -26,9 +26,23 @@ from fedapt.simulation import run
 
 HERE = Path(__file__).parent
 SPEC = HERE.parent / "examples/trec.toml"
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (2e-3, 6e-3, 2e-2)
+RATES_OF = {
+    **dict.fromkeys(("fedsvd", "ffa", "refresh", "fedsvd, fp32"), (6e-3, 2e-2, 6e-2)),
+    "fedit, full": (1e-4, 3e-4, 1e-3),
+    "fedit, nola": (2e-2, 6e-2, 2e-1),
+    "fedit, vera": (2e-2, 6e-2, 2e-1),
+    "fedit, ia3": (6e-3, 2e-2, 6e-2),
+    "fedit, prompt": (6e-3, 2e-2, 6e-2),
+    "fedit, head": (6e-3, 2e-2, 6e-2),
+}
+"""Where B alone trains, and kinds whose numbers mean something else: all weights, or few scales of fixed vectors."""
+
 SEEDS = (1, 2, 3)
 ONE_RANK = ("adapter.rank=8", "adapter.ranks=[]", "adapter.alpha=8")
+OUTER = ("recipe.optimizer=nesterov", "recipe.learning_rate=0.4")
+"""DiLoCo's own step at the server (one fragment, because half of the nodes miss a round)."""
+
 CODECS = {
     "bf16": (),
     "int8": (),
@@ -36,19 +50,26 @@ CODECS = {
     "top-k": ("wire.density=0.1", "wire.values=int8"),
     "seed-projection": ("wire.coefficients=16384",),
 }
-KINDS = ("dora", "ia3", "vera", "adalora", "prompt", "bias", "head", "bottleneck", "full")
+KINDS = ("dora", "ia3", "vera", "nola", "adalora", "bias", "bottleneck")
+WHOLE_KINDS = ("prompt", "head", "full")
+"""Kinds that adapt no single blocks."""
 
 
 def methods() -> dict[str, tuple[str, ...]]:
     """Name of each line of the table ⇒ its overrides of the spec."""
     recipes = {
-        name: (f"recipe.name={name}", *(() if recipe.mixes_ranks else ONE_RANK)) for name, recipe in RECIPES.items()
+        name: (f"recipe.name={name}", *(() if recipe.mixes_ranks else ONE_RANK), *(OUTER if recipe.streams else ()))
+        for name, recipe in RECIPES.items()
     }
     codecs = {
         f"fedsvd, {codec}": ("recipe.name=fedsvd", *ONE_RANK, f"wire.codec={codec}", *more)
         for codec, more in {"fp32": (), **CODECS}.items()
     }
     kinds = {f"fedit, {kind}": ("recipe.name=fedit", *ONE_RANK, f"adapter.method={kind}") for kind in KINDS}
+    kinds |= {
+        f"fedit, {kind}": ("recipe.name=fedit", *ONE_RANK, f"adapter.method={kind}", "adapter.layers=[]")
+        for kind in WHOLE_KINDS
+    }
     return recipes | codecs | kinds
 
 
@@ -60,15 +81,25 @@ def todo(rows: list[dict[str, Any]]) -> Iterator[Point]:
     """What is still to run, a method at a time: it is tested when its tuning is whole."""
     done = {(row["phase"], row["method"], row["rate"], row["seed"]) for row in rows}
     for method in methods():
-        rate = best_rate(rows, method)
-        tuning: list[Point] = [("tune", method, rate, 0) for rate in RATES]
+        rate = best_rate(rows, tuned_as(method))
+        tuning: list[Point] = [("tune", tuned_as(method), rate, 0) for rate in rates_of(tuned_as(method))]
         testing: list[Point] = [("test", method, rate, seed) for seed in SEEDS] if rate else []
         yield from (point for point in tuning + testing if point not in done)
 
 
+def tuned_as(method: str) -> str:
+    """The method whose rate this one takes: a codec is not to be compared at another rate."""
+    recipe, _, codec = method.partition(", ")
+    return f"{recipe}, fp32" if codec in CODECS else method
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    return RATES_OF.get(method, RATES)
+
+
 def best_rate(rows: list[dict[str, Any]], method: str) -> float | None:
     own = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
-    return max(own, key=lambda row: row["accuracy"])["rate"] if len(own) == len(RATES) else None
+    return max(own, key=lambda row: row["accuracy"])["rate"] if len(own) == len(rates_of(method)) else None
 
 
 def measure(point: Point, model: Path, data: Path) -> dict[str, Any]:

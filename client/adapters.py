@@ -1,13 +1,14 @@
 """Making the adapter of each kind that `[adapter] method` names, and its values at the start of a run.
 
-Every kind is a PeftModel, and each saves in a form that `peft` loads, but for the bottleneck (`client/bottleneck.py`).
+Every kind is a PeftModel, and each saves in a form that `peft` loads, but for the two that `peft` does not have:
+bottleneck and NOLA, each in a file of its own.
 `bias`, `head` and `full` train parameters that the base has already: a LoRA config without a target, whose folder
 holds those parameters under the base's own names. All values at the start are drawn by key: nodes that share a base
 and a seed start alike.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +27,13 @@ from peft import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..protocols.errors import ModelError
 from ..protocols.keys import derive, generator
 from ..protocols.spec import RunSpec
-from .bottleneck import OUTPUTS, PREFIX, BottleneckConfig, insert, places
+from . import bottleneck, nola
+from .blocks import block_of, linear_within, modules_of, refuse_beyond
 
 TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}
 HEADS = {"sequence-classification": ("classifier", "score"), "image-classification": ("classifier",), "causal-lm": ()}
@@ -45,18 +48,31 @@ def new_adapter(spec: RunSpec, base: nn.Module, missing: Iterable[str]) -> PeftM
     if spec.adapter.method == "head" and not heads:
         raise ModelError('adapter.method = "head" is illegal here: there is no classifier. Nearest legal: "lora".')
     shared = {"task_type": TASK_TYPES[spec.model.task], "modules_to_save": heads or None}
+    config: PeftConfig
     if spec.adapter.method == "bottleneck":
-        after = _bottleneck_places(spec, base, heads)
-        insert(base, after, spec.adapter.bottleneck)
-        config: PeftConfig = BottleneckConfig(width=spec.adapter.bottleneck, after=after, **shared)
+        after = _beside(spec, base, heads)
+        bottleneck.insert(base, after, spec.adapter.bottleneck)
+        config = bottleneck.BottleneckConfig(width=spec.adapter.bottleneck, after=after, **shared)
+    elif spec.adapter.method == "nola":
+        config = nola.NolaConfig(
+            r=spec.adapter.rank,
+            lora_alpha=spec.adapter.alpha,
+            bases=spec.adapter.bases,
+            key=derive(spec.run.seed, "nola") % 2**63,
+            beside=_beside(spec, base, heads),
+            **shared,
+        )
+        nola.insert(base, config)
     else:
-        config = _config(spec, shared)
+        config = _config(spec, base, shared)
     try:
         with quiet_projections():
             model = get_peft_model(base, config)
     except ValueError as error:
         raise ModelError(f"adapter.targets = {spec.adapter.targets!r}: {first_line(error)}") from error
     train_own(model, spec.adapter.method)
+    if spec.adapter.method == "bias" and spec.adapter.layers:
+        keep_biases(model, {name for name, _ in model.named_parameters() if block_of(name) in spec.adapter.layers})
     return model
 
 
@@ -64,7 +80,8 @@ def train_own(model: PeftModel, method: str) -> None:
     """Make trainable what `peft` leaves frozen: parameters of the base, and a prompt that comes from a folder."""
     parts = {
         "full": ("",),
-        "bottleneck": (PREFIX,),
+        "bottleneck": (bottleneck.PREFIX,),
+        "nola": (nola.PREFIX,),
         "prompt": ("prompt_encoder.", ".modules_to_save."),
         "prefix": ("prompt_encoder.", ".modules_to_save."),
     }.get(method, ())
@@ -74,16 +91,25 @@ def train_own(model: PeftModel, method: str) -> None:
             parameter.requires_grad_(True)
 
 
+def keep_biases(model: PeftModel, kept: Collection[str]) -> None:
+    """Of a model whose biases are trained, train these parameters alone, and the heads."""
+    for name, parameter in model.named_parameters():
+        if name not in kept and ".modules_to_save." not in name:
+            parameter.requires_grad_(False)
+
+
 def _refuse_unfit(spec: RunSpec, base: nn.Module) -> None:
     """Raise ModelError where the kind cannot be trained on this base for this task."""
-    method, task = spec.adapter.method, spec.model.task
+    method, task, layers = spec.adapter.method, spec.model.task, spec.adapter.layers
+    refuse_beyond(base, layers)
     why, nearest = "", ""
     if method in ("prompt", "prefix") and task == "image-classification":
         why, nearest = "an image has no tokens to put virtual ones before", "bottleneck"
     elif method == "prompt" and hasattr(base, "score"):
         why, nearest = "a decoder finds the last token of a text by its ids, which a prompt replaces", "prefix"
-    elif method == "bias" and not any(name.endswith(".bias") for name, _ in _body(spec, base)):
-        why, nearest = "this base has no bias", "ia3" if task == "causal-lm" else "head"
+    elif method == "bias" and not any(name.endswith(".bias") for name in _adaptable(spec, base)):
+        where = " in these layers" if layers else ""
+        why, nearest = f"this base has no bias{where}", "ia3" if task == "causal-lm" else "head"
     if method in ("bias", "full") and spec.model.precision == "bf16":
         raise ModelError(
             f'model.precision = "bf16" is illegal with adapter.method = "{method}": what is trained is fp32, and it '
@@ -135,44 +161,70 @@ def _heads(spec: RunSpec, base: nn.Module, missing: Iterable[str]) -> list[str]:
     return sorted(kept | {module for module in modules if module.split(".")[0] not in kept})
 
 
-def _body(spec: RunSpec, base: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in base.named_parameters() if n.split(".")[0] not in HEADS[spec.model.task]]
+def _adaptable(spec: RunSpec, base: nn.Module) -> list[str]:
+    """The parameters of the base outside its classifier, in the blocks that are adapted."""
+    layers, heads = spec.adapter.layers, HEADS[spec.model.task]
+    names = [name for name, _ in base.named_parameters() if name.split(".")[0] not in heads]
+    return [name for name in names if not layers or block_of(name) in layers]
 
 
-def _bottleneck_places(spec: RunSpec, base: nn.Module, heads: list[str]) -> list[str]:
-    targets = OUTPUTS if isinstance(spec.adapter.targets, str) else spec.adapter.targets
-    found = places(base, targets, heads)
+def _beside(spec: RunSpec, base: nn.Module, heads: list[str]) -> list[str]:
+    """The linear layers that get a bottleneck, or a sum of bases, of their own."""
+    layers, method = spec.adapter.layers, spec.adapter.method
+    targets: Sequence[str] = bottleneck.OUTPUTS if method == "bottleneck" else _linear(base)
+    if not isinstance(spec.adapter.targets, str):
+        targets = spec.adapter.targets
+    found = [name for name in bottleneck.places(base, targets, heads) if not layers or block_of(name) in layers]
     if not found:
+        way_out = 'Nearest legal: "all-linear".'
+        if method == "bottleneck":
+            way_out = "Name the last layer of its attention and of its feed-forward."
+        where = f" in the layers {list(layers)}" if layers else ""
         raise ModelError(
-            f"adapter.targets = {spec.adapter.targets!r}: this base has no such linear layer to put a bottleneck "
-            "behind. Name the last layer of its attention and of its feed-forward."
+            f"adapter.targets = {spec.adapter.targets!r}: this base has no such linear layer{where} to put a {method} "
+            f"at. {way_out}"
         )
     return found
 
 
-def _config(spec: RunSpec, shared: Mapping[str, Any]) -> PeftConfig:
+def _linear(base: Any) -> list[str]:
+    """What "all-linear" stands for: all linear layers, but for the one that gives a language model's logits."""
+    logits = base.get_output_embeddings()
+    return [
+        name for name, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not logits
+    ]
+
+
+def _targets(spec: RunSpec, base: nn.Module) -> str | list[str]:
+    """What peft is told to adapt. Where single blocks are, names: peft takes no word together with numbers of blocks."""
+    targets, layers = spec.adapter.targets, spec.adapter.layers
+    if layers and spec.adapter.method == "ia3":  # whose config knows no numbers
+        return modules_of(base, targets, layers)
+    if layers and isinstance(targets, str):
+        return linear_within(base, layers)
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _config(spec: RunSpec, base: nn.Module, shared: Mapping[str, Any]) -> PeftConfig:
     """peft's config of each kind that is peft's own, and of the three that train the base itself."""
     adapter = spec.adapter
     rank, alpha, tokens = adapter.rank, adapter.alpha, adapter.virtual_tokens
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    targets = _targets(spec, base)
+    where = {"target_modules": targets, "layers_to_transform": list(adapter.layers) or None}
     config: PeftConfig
     match adapter.method:
         case "dora":
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=True, **shared)
+            config = LoraConfig(r=rank, lora_alpha=alpha, use_dora=True, **where, **shared)
         case "ia3":
             # Without feedforward_modules the outputs of all targets are scaled: one rule for every architecture.
             config = IA3Config(target_modules=targets, feedforward_modules=[], **shared)
         case "vera":
             key = derive(spec.run.seed, "vera") % 2**31
             with quiet_projections():
-                config = VeraConfig(
-                    r=rank, target_modules=targets, projection_prng_key=key, save_projection=False, **shared
-                )
+                config = VeraConfig(r=rank, projection_prng_key=key, save_projection=False, **where, **shared)
         case "adalora":
             # Ranks are pruned by update_and_allocate alone, which is never called: nodes would prune differently.
-            config = AdaLoraConfig(
-                init_r=rank, target_r=rank, lora_alpha=alpha, target_modules=targets, total_step=1, **shared
-            )
+            config = AdaLoraConfig(init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1, **where, **shared)
         case "prompt":
             config = PromptTuningConfig(num_virtual_tokens=tokens, **shared)
         case "prefix":
@@ -182,9 +234,7 @@ def _config(spec: RunSpec, shared: Mapping[str, Any]) -> PeftConfig:
         case "head" | "full":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, **shared)
         case _:
-            config = LoraConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=adapter.dropout, target_modules=targets, **shared
-            )
+            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=adapter.dropout, **where, **shared)
     return config
 
 
@@ -192,7 +242,7 @@ def draw_start(spec: RunSpec, model: PeftModel, parameters: Mapping[str, nn.Para
     """Write the values at the start of a run into `parameters` (by the names of the layout).
 
     LoRA's A and W_down of a bottleneck are uniform in ±1/√in (Kaiming with a = √5), B and W_up zero, as `peft` draws
-    them; AdaLoRA's P and Q are N(0, 0.02²) and its Λ zero; a virtual token is the embedding of a word drawn from the
+    them, and NOLA's coefficients like the factor that they stand for; AdaLoRA's P and Q are N(0, 0.02²) and its Λ zero; a virtual token is the embedding of a word drawn from the
     vocabulary (Lester et al., arXiv 2104.08691 §3.2); a prefix is N(0, 0.02²). So all kinds but the last two start as
     the base's own function. The scales of IA³, the vectors of VeRA, the magnitudes of DoRA and what the base has
     itself are not drawn: `peft` or the base sets them.
@@ -206,26 +256,30 @@ def draw_start(spec: RunSpec, model: PeftModel, parameters: Mapping[str, nn.Para
 
 def _drawn(spec: RunSpec, name: str, shape: tuple[int, ...], model: PeftModel) -> Any:
     """The values of one tensor, or None where it has its own already."""
-    method, seed = spec.adapter.method, spec.run.seed
+    method, seed, values = spec.adapter.method, spec.run.seed, None
     module, _, part = name.partition(".lora_")
     if method in ("lora", "dora") and part in ("A.weight", "B.weight"):
-        return _uniform(shape, derive(seed, "A", module)) if part == "A.weight" else np.zeros(shape)
-    if method == "adalora" and part in ("A", "B", "E"):
-        return np.zeros(shape) if part == "E" else _normal(shape, derive(seed, part, module))
-    if method == "bottleneck" and PREFIX in name:
-        return _uniform(shape, derive(seed, "down", name)) if name.endswith("_down.weight") else np.zeros(shape)
-    if method == "prefix" and name == PROMPT:
-        return _normal(shape, derive(seed, "prefix"))
-    if method == "prompt" and name == PROMPT:
+        values = _uniform(shape, shape[1], derive(seed, "A", module)) if part == "A.weight" else np.zeros(shape)
+    elif method == "adalora" and part in ("A", "B", "E"):
+        values = np.zeros(shape) if part == "E" else _normal(shape, derive(seed, part, module))
+    elif method == "nola" and nola.PREFIX in name:
+        inputs = model.get_submodule(name.rpartition(".")[0]).get_buffer("signs_a").shape[-1]
+        values = _uniform(shape, inputs, derive(seed, "A", name)) if name.endswith(".a") else np.zeros(shape)
+    elif method == "bottleneck" and bottleneck.PREFIX in name:
+        down = name.endswith("_down.weight")
+        values = _uniform(shape, shape[1], derive(seed, "down", name)) if down else np.zeros(shape)
+    elif method == "prefix" and name == PROMPT:
+        values = _normal(shape, derive(seed, "prefix"))
+    elif method == "prompt" and name == PROMPT:
         words = model.word_embeddings.weight.detach()
         chosen = generator(derive(seed, "prompt")).integers(0, len(words), shape[0])
-        return words[torch.from_numpy(chosen).to(words.device)]
-    return None
+        values = words[torch.from_numpy(chosen).to(words.device)]
+    return values
 
 
-def _uniform(shape: tuple[int, ...], key: int) -> Any:
-    """(out, in) values in ±1/√in."""
-    bound = shape[1] ** -0.5
+def _uniform(shape: tuple[int, ...], inputs: int, key: int) -> Any:
+    """Values in ±1/√in, as Kaiming's rule with a = √5 gives them."""
+    bound = inputs**-0.5
     return generator(key).uniform(-bound, bound, shape)
 
 
@@ -242,7 +296,7 @@ def methods_of(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ("dora",) if config.get("use_dora") else ("lora",)
     names = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
     name = names.get(str(kind), str(kind).lower())
-    return (name,) if name in ("ia3", "vera", "adalora", "prompt", "prefix", "bottleneck") else ()
+    return (name,) if name in ("ia3", "vera", "adalora", "prompt", "prefix", "bottleneck", "nola") else ()
 
 
 def first_line(error: Exception) -> str:

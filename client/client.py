@@ -12,7 +12,7 @@ from ..kernels.cohort import Forward, fastest
 from ..protocols.codecs import CODECS, codec_of
 from ..protocols.errors import DataError
 from ..protocols.keys import derive
-from ..protocols.layout import Flat
+from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import rank_of, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
@@ -21,8 +21,9 @@ from .adapted import AdaptedModel
 from .batches import plan_batches
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
+from .replicas import Replica, Replicas
 from .tasks import Examples, Indices
-from .trainer import Member, Trained, Trainer
+from .trainer import Losses, Member, Trainer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Sites:
 
     examples: Examples
     indices: Mapping[int, Indices]
+
+
+@dataclass(frozen=True)
+class _Started:
+    """An assignment and what it starts from: `adapter` is the federation's, fp32 over the whole layout.
+
+    `replica` is the node's own, where it goes on from tensors of its own.
+    """
+
+    asked: Assignment
+    adapter: Flat
+    rotations: Rotations
+    replica: Replica | None = None
 
 
 class Client:
@@ -43,6 +57,7 @@ class Client:
         self.shared = SharedAdapter(self.recipe, spec.recipe, adapted.layout, self.start)
         self.trained = adapted.layout.select(self.recipe.trains)
         self.feedback = self._feedback()
+        self.replicas = Replicas(self.shared) if self.recipe.streams else None
         self._forward: Forward | None = None
 
     def at(self, sites: Sites) -> "Client":
@@ -57,6 +72,7 @@ class Client:
         other.spec = spec
         other.shared = replace(self.shared, settings=spec.recipe)
         other.feedback = other._feedback()
+        other.replicas = Replicas(other.shared) if other.recipe.streams else None
         return other
 
     def nodes(self) -> list[int]:
@@ -73,53 +89,87 @@ class Client:
         )
 
     def train(self, assignments: Sequence[Assignment]) -> list[Update]:
-        """One Update an Assignment, in the order given.
+        """One Update an Assignment, in the order given. Those that differ in nothing but where they start train together.
 
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
-        alike: dict[tuple[int, str, bytes], list[Assignment]] = {}
-        for assignment in assignments:
-            alike.setdefault((assignment.round, assignment.version, assignment.payload), []).append(assignment)
+        alike: dict[tuple[int, bytes], list[_Started]] = {}
+        for started in self._started(assignments):
+            alike.setdefault((started.asked.round, self._fixed(started)), []).append(started)
         updates: dict[Assignment, Update] = {}
         for cohort in alike.values():
-            state = self.load(cohort[0])
-            rotations = self.shared.rotations(state, cohort[0].round)
-            updates |= zip(cohort, self._train(cohort, rotations), strict=True)
+            self.adapted.write(cohort[0].adapter)
+            updates |= zip((started.asked for started in cohort), self._train(cohort), strict=True)
         return [updates[assignment] for assignment in assignments]
 
-    def load(self, assignment: Assignment) -> Flat:
-        """Put the global adapter that an assignment's payload stands for into the model; returns the state received.
+    def load(self, assignment: Assignment) -> None:
+        """Put the global adapter that an assignment's payload stands for into the model.
 
         At a rank below the model's, the components beyond it are zero in A and in B: their gradients are zero too, so
         training leaves them so, and the node trains exactly an adapter of its own rank.
         """
-        own = self.shared.received(assignment.round, rank_of(self.spec, assignment.node))
-        received = CODECS[self.spec.wire.downlink].decode(assignment.payload, own)
-        state = self.shared.received(assignment.round).pad(received, own)
-        self.adapted.write(self.shared.whole(state, assignment.round))
-        return state
+        (started,) = self._started([assignment])
+        self.adapted.write(started.adapter)
 
     def evaluate(self, node: int) -> Scores:
         """Scores of the adapter in the model on a node's own data. Raises DataError where it is not held here."""
         return score(self.adapted, self.sites.examples, self._own(node))
 
-    def _train(self, cohort: Sequence[Assignment], rotations: Rotations) -> list[Update]:
-        """Assignments that start from the adapter which is in the model."""
-        plans = [self._member(assignment) for assignment in cohort]
-        busy = [plan for plan in plans if plan.batches]
-        local = self.spec.local.in_round(cohort[0].round, self.spec.run.rounds)
-        results = iter(self._trainer(busy[0], local, cohort[0].round).train(self.sites.examples, busy) if busy else ())
+    def _started(self, assignments: Sequence[Assignment]) -> list[_Started]:
+        """What each assignment's payload stands for; equal payloads are read once."""
+        adapters: dict[tuple[int, int, bytes], tuple[Flat, Rotations]] = {}
+        started = []
+        for asked in assignments:
+            rank = rank_of(self.spec, asked.node)
+            if self.replicas is not None:
+                replica = self.replicas.arrive(asked, self._decoded(asked, rank))
+                adapter = self.adapted.layout.pad(replica.outer, self.replicas.trained)
+                started.append(_Started(asked, adapter, {}, replica))
+                continue
+            key = asked.round, rank, asked.payload
+            if key not in adapters:
+                own = self.shared.delivered(asked.round, rank)
+                state = self.shared.received(asked.round).pad(self._decoded(asked, rank), own)
+                adapters[key] = self.shared.whole(state, asked.round), self.shared.rotations(state, asked.round)
+            started.append(_Started(asked, *adapters[key]))
+        return started
+
+    def _decoded(self, asked: Assignment, rank: int) -> Flat:
+        return CODECS[self.spec.wire.downlink].decode(asked.payload, self.shared.delivered(asked.round, rank))
+
+    def _fixed(self, started: _Started) -> bytes:
+        """What of the adapter is not trained: members of a cohort share it."""
+        trained = self.shared.trained(started.asked.round)
+        fixed = AdapterLayout(t for t in self.adapted.layout.tensors if t.name not in trained.offsets)
+        return self.adapted.layout.cut(started.adapter, fixed).tobytes()
+
+    def _train(self, cohort: Sequence[_Started]) -> list[Update]:
+        """Assignments of one round whose untrained tensors are in the model."""
+        plans = [self._member(started) for started in cohort]
+        busy = [(started, plan) for started, plan in zip(cohort, plans, strict=True) if plan.batches]
+        changes = iter(self._changes(busy) if busy else ())
         return [
-            self._update(assignment, next(results) if plan.batches else None, rotations)
-            for assignment, plan in zip(cohort, plans, strict=True)
+            self._update(started, *(next(changes) if plan.batches else (None, None)))
+            for started, plan in zip(cohort, plans, strict=True)
         ]
 
-    def _member(self, assignment: Assignment) -> Member:
-        own = self._own(assignment.node)
-        lengths = self.sites.examples.lengths[own]
-        key = (self.spec.run.seed, assignment.round, assignment.node)
-        batches = plan_batches(lengths, self.spec.local, *key)
-        return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]))
+    def _changes(self, busy: Sequence[tuple[_Started, Member]]) -> list[tuple[Flat | None, Losses]]:
+        """What each node is to send (fp32 over `shared.sent`; None: nothing in this round), and its losses."""
+        round_ = busy[0][0].asked.round
+        trainer = self._trainer(busy[0][1], self.spec.local.in_round(round_, self.spec.run.rounds), round_)
+        if self.replicas is not None:
+            visits = [(started.asked, started.replica, plan) for started, plan in busy if started.replica]
+            return self.replicas.train(trainer, self.sites.examples, visits)
+        results = trainer.train(self.sites.examples, [plan for _, plan in busy])
+        return [(trained.change, trained.losses) for trained in results]
+
+    def _member(self, started: _Started) -> Member:
+        asked = started.asked
+        own = self._own(asked.node)
+        key = (self.spec.run.seed, asked.round, asked.node)
+        batches = plan_batches(self.sites.examples.lengths[own], self.spec.local, *key)
+        start = self.adapted.layout.cut(started.adapter, self.shared.trained(asked.round))
+        return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]), start)
 
     def _feedback(self) -> Feedback | None:
         """What keeps a biased codec's leavings."""
@@ -136,33 +186,32 @@ class Client:
         """A trainer with the forward to use, which is chosen once on a few rows of real data: the first member's."""
         if self._forward is None:
             rows = first.batches[0][:2]
-            batch = self.adapted.task.collate(self.sites.examples, [rows, rows])
-            inputs = {key: value.to(self.adapted.device) for key, value in batch.inputs.items()}
+            inputs = self.adapted.batch(self.sites.examples, [rows, rows]).inputs
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
-        return Trainer(self.adapted, self._forward, self.shared.sent(round_), local)
+        return Trainer(self.adapted, self._forward, self.shared.trained(round_), local)
 
-    def _update(self, assignment: Assignment, trained: Trained | None, rotations: Rotations) -> Update:
-        node, round_ = assignment.node, assignment.round
-        payload, metrics = b"", {}
-        if trained is not None:
-            key = derive(self.spec.run.seed, "rounding", round_, node)
-            own = self.shared.sent(round_, rank_of(self.spec, node))
-            change = self.shared.sent(round_).cut(trained.change, own)
-            codec = codec_of(self.spec.wire)
-            if self.feedback is None:
-                payload = codec.encode(change, own, key)
-            else:
-                payload = self.feedback.encode(assignment, change, rotations, codec, key)
-            metrics = {"loss": float(trained.losses.mean()), "steps": float(len(trained.losses))}
+    def _update(self, started: _Started, change: Flat | None, losses: Losses | None) -> Update:
+        asked = started.asked
+        payload = b"" if change is None else self._encoded(started, change)
+        metrics = {} if losses is None else {"loss": float(losses.mean()), "steps": float(len(losses))}
         return Update(
-            run=assignment.run,
-            round=round_,
-            attempt=assignment.attempt,
-            node=node,
-            version=assignment.version,
-            kind="empty" if trained is None else "delta",
-            weight=float(len(self.sites.indices[node])),
+            run=asked.run,
+            round=asked.round,
+            attempt=asked.attempt,
+            node=asked.node,
+            version=asked.version,
+            kind="empty" if change is None else "delta",
+            weight=float(len(self.sites.indices[asked.node])),
             payload=payload,
             metrics=metrics,
         )
+
+    def _encoded(self, started: _Started, change: Flat) -> bytes:
+        asked, codec = started.asked, codec_of(self.spec.wire)
+        key = derive(self.spec.run.seed, "rounding", asked.round, asked.node)
+        own = self.shared.sent(asked.round, rank_of(self.spec, asked.node))
+        change = self.shared.sent(asked.round).cut(change, own)
+        if self.feedback is None:
+            return codec.encode(change, own, key)
+        return self.feedback.encode(asked, change, started.rotations, codec, key)

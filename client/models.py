@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -28,19 +28,23 @@ from ..protocols.errors import ModelError
 from ..protocols.keys import derive, generator
 from ..protocols.legality import initial_a, recipe_of
 from ..protocols.spec import RunSpec
+from . import bottleneck, nola
 from .adapted import AdaptedModel, adapt, orthonormalize_factors
 from .adapters import (
     TASK_TYPES,
     draw_start,
     first_line,
+    keep_biases,
     methods_of,
     new_adapter,
     quiet_projections,
     refuse_untrainable,
     train_own,
 )
-from .bottleneck import BottleneckConfig, insert
+from .bottleneck import BottleneckConfig
+from .eva import start_from_public
 from .frozen import add_frozen
+from .nola import NolaConfig
 from .tasks import CausalLanguageModel, ImageClassification, SequenceClassification, Task
 
 CLASSES = {
@@ -51,7 +55,10 @@ CLASSES = {
 
 
 def load_model(spec: RunSpec) -> AdaptedModel:
-    """The spec's base with the adapter of round 0. Raises ModelError where the base or the adapter cannot be had."""
+    """The spec's base with the adapter of round 0.
+
+    Raises ModelError where the base or the adapter cannot be had, DataError where A starts from public data that cannot.
+    """
     folder = base_folder(spec.model.base)
     base, missing = _load_base(spec, folder)
     _draw_missing(base, missing, spec.run.seed)
@@ -67,6 +74,8 @@ def load_model(spec: RunSpec) -> AdaptedModel:
         draw_start(spec, model, adapted.parameters)
     if initial_a(spec) == "orthonormal":
         orthonormalize_factors(adapted)
+    elif initial_a(spec) == "eva":
+        start_from_public(adapted, spec)
     return add_frozen(adapted, recipe_of(spec), spec)
 
 
@@ -139,22 +148,38 @@ def _load_start(spec: RunSpec, base: nn.Module) -> PeftModel:
     except Exception as error:
         raise ModelError(f'adapter.start = "{start}": does not fit this base ({first_line(error)})') from error
     train_own(model, spec.adapter.method)
+    if spec.adapter.method == "bias":
+        keep_biases(model, load_peft_weights(start, device="cpu"))
     return model
 
 
 def _on_base(base: nn.Module, folder: Path, config: Mapping[str, Any], trainable: bool = False) -> PeftModel:
-    """The adapter of a folder on its base. Raises what `peft` and torch raise where they do not fit."""
-    if config.get("peft_type") != "BOTTLENECK":
-        trainable = trainable and config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING")  # peft refuses it
+    """The adapter of a folder on its base. Raises what `peft` and torch raise where they do not fit.
+
+    NOLA that is not to be trained becomes plain LoRA, which can be merged and saved like any other.
+    """
+    kind = config.get("peft_type")
+    if kind not in ("BOTTLENECK", "NOLA"):
+        trainable = trainable and kind not in ("PROMPT_TUNING", "PREFIX_TUNING")  # peft refuses it
         with quiet_projections():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    keys = ("task_type", "modules_to_save", "width", "after")
-    own = BottleneckConfig(**{key: config[key] for key in keys})
-    insert(base, own.after, own.width)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    own: LoraConfig
+    if kind == "BOTTLENECK":
+        own = BottleneckConfig(**{key: config[key] for key in ("task_type", "modules_to_save", "width", "after")})
+        bottleneck.insert(base, own.after, own.width)
+    elif trainable:
+        own = NolaConfig.of(config)
+        nola.insert(base, own)
+    else:
+        own, tensors = nola.as_lora(base, NolaConfig.of(config), tensors)
     model = get_peft_model(base, own)
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    result = set_peft_model_state_dict(model, tensors)
     if result.unexpected_keys:
         raise ValueError(f"the base has no {result.unexpected_keys[0]}")
+    lost = [name for name in result.missing_keys if bottleneck.PREFIX in name or nola.PREFIX in name]
+    if lost:
+        raise ValueError(f"the folder has no {lost[0]}")
     return model.eval()
 
 

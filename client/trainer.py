@@ -20,32 +20,62 @@ from ..protocols.spec import Local
 from .adapted import AdaptedModel
 from .tasks import Examples, Indices, member_losses
 
+Losses = np.ndarray[Any, np.dtype[np.float32]]
+"""A member's loss before each of its steps, (steps,)."""
+
 COHORT_TOKENS = 4096
 """Rows × length of one step of a chunk: enough to amortize Python and small kernels, small enough for the caches."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state of one member after `steps` steps: the two moments, fp32 over the trained layout."""
+
+    first: Flat
+    second: Flat
+    steps: int = 0
 
 
 @dataclass(frozen=True)
 class Member:
     """One client's share of a round: its `batches` are indices into the common examples, one array a step.
 
-    `dropout_key` keys its adapter dropout.
+    `dropout_key` keys its adapter dropout. `start` (over the trained layout) is where it starts; None: from the adapter
+    in the model. `moments` are AdamW's of its steps before; None: it starts anew, and its moments are not kept.
     """
 
     batches: Sequence[Indices]
     dropout_key: int
+    start: Flat | None = None
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One member after training: `change` is trained − start (over the trained layout; float64 if the adapter is)."""
+    """One member after training: `change` is trained − start (over the trained layout; float64 if the adapter is).
+
+    `moments` are kept where the member came with some.
+    """
 
     change: Flat
-    losses: np.ndarray[Any, np.dtype[np.float32]]
+    losses: Losses
+    moments: Moments | None = None
+
+
+@dataclass
+class _Running:
+    """A chunk in training: its members, where they start (C, trained.size), what of them still trains, and losses."""
+
+    cohort: Sequence[Member]
+    start: Tensor
+    stack: Stack
+    optimizer: torch.optim.Optimizer
+    losses: list[list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains any number of members that start from the adapter which is in the model."""
+    """Trains any number of members, together, over the model's frozen base."""
 
     adapted: AdaptedModel
     forward: Forward
@@ -54,6 +84,8 @@ class Trainer:
 
     def train(self, examples: Examples, cohort: Sequence[Member]) -> list[Trained]:
         """One Trained a member, in the order given. Chunks bound the memory; they do not change the numbers."""
+        if cohort:
+            self.adapted.prepare(examples, np.concatenate([np.concatenate(member.batches) for member in cohort]))
         results: dict[int, Trained] = {}
         for chunk in self._chunks(examples, cohort):
             for position, trained in zip(chunk, self._train(examples, [cohort[i] for i in chunk]), strict=True):
@@ -61,16 +93,20 @@ class Trainer:
         return [results[position] for position in range(len(cohort))]
 
     def _chunks(self, examples: Examples, cohort: Sequence[Member]) -> list[list[int]]:
-        """Members in order of falling steps, as many in a chunk as keep one step within COHORT_TOKENS."""
+        """Members in order of falling steps, as many in a chunk as keep one step within COHORT_TOKENS.
+
+        AdamW corrects its moments by the number of steps, which is one number for a stack: others do not join it.
+        """
         if isinstance(self.forward, Looped):
             return [[position] for position in range(len(cohort))]
         chunks: list[list[int]] = []
         rows = length = 0
-        for position in sorted(range(len(cohort)), key=lambda i: -len(cohort[i].batches)):
+        for position in sorted(range(len(cohort)), key=lambda i: (_before(cohort[i]), -len(cohort[i].batches))):
             own_rows = max(len(b) for b in cohort[position].batches)
             own_length = max(int(examples.lengths[b].max()) for b in cohort[position].batches)
             rows, length = max(rows, own_rows), max(length, own_length)
-            if chunks and (len(chunks[-1]) + 1) * rows * length <= COHORT_TOKENS:
+            fits = chunks and (len(chunks[-1]) + 1) * rows * length <= COHORT_TOKENS
+            if fits and _before(cohort[chunks[-1][0]]) == _before(cohort[position]):
                 chunks[-1].append(position)
             else:
                 chunks.append([position])
@@ -79,47 +115,92 @@ class Trainer:
 
     def _train(self, examples: Examples, cohort: Sequence[Member]) -> list[Trained]:
         """Members in order of falling steps, together."""
-        start = {n: self.adapted.parameters[n].detach() for n in (t.name for t in self.trained.tensors)}
-        stack = {
-            self.adapted.parameter_names[name]: value.expand(len(cohort), *value.shape).clone().requires_grad_()
-            for name, value in start.items()
-        }
-        optimizer = _optimizer(list(stack.values()), self.local)
-        # What is trained is fp32, but for somebody's own model in float64.
-        dtype = torch.promote_types(next(iter(start.values())).dtype, torch.float32)
-        changes = torch.empty((len(cohort), self.trained.size), dtype=dtype)
-        losses: list[list[Tensor]] = [[] for _ in cohort]
+        start = self._start(cohort)
+        stack = self._spread(start)
+        running = _Running(cohort, start, stack, _optimizer(list(stack.values()), self.local), [[] for _ in cohort])
+        self._resume(running)
+        done: list[Trained] = []
         for step in range(len(cohort[0].batches)):
             active = sum(len(member.batches) > step for member in cohort)
             if active < members(stack):
-                self._store(stack, start, changes, active)
-                _shrink(stack, optimizer, active)
-            for member, loss in enumerate(self._step(examples, cohort[:active], step, stack, optimizer)):
-                losses[member].append(loss)
-        self._store(stack, start, changes, 0)
+                done = self._results(running, active) + done
+                _shrink(stack, running.optimizer, active)
+            for member, loss in enumerate(self._step(examples, running, step)):
+                running.losses[member].append(loss)
+        return self._results(running, 0) + done
+
+    def _start(self, cohort: Sequence[Member]) -> Tensor:
+        """Where each member starts, (C, trained.size), fp32 (float64 if the adapter is)."""
+        own = [member.start for member in cohort if member.start is not None]
+        if own:
+            return torch.from_numpy(np.stack(own)).to(self.adapted.device)
+        parts = [self.adapted.parameters[t.name].detach().flatten() for t in self.trained.tensors]
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        return torch.cat([part.to(dtype) for part in parts]).expand(len(cohort), -1)
+
+    def _spread(self, rows: Tensor) -> Stack:
+        """(C, trained.size) as a stack of trainable tensors of their own."""
+        stack = {}
+        for tensor in self.trained.tensors:
+            name, first = self.adapted.parameter_names[tensor.name], self.trained.offsets[tensor.name]
+            values = rows[:, first : first + tensor.size].reshape(-1, *tensor.shape)
+            stack[name] = values.to(self.adapted.parameters[tensor.name].dtype, copy=True).requires_grad_()
+        return stack
+
+    def _gathered(self, stack: Stack, first: int) -> Tensor:
+        """The inverse of `_spread`, of the members from `first` on."""
+        names = [self.adapted.parameter_names[tensor.name] for tensor in self.trained.tensors]
+        return torch.cat([stack[name].detach()[first:].flatten(1) for name in names], 1)
+
+    def _resume(self, running: _Running) -> None:
+        """Give AdamW the moments of the members that come with some: all of a chunk, or none."""
+        kept = [member.moments for member in running.cohort if member.moments is not None]
+        if not kept or not isinstance(running.optimizer, torch.optim.AdamW):
+            return
+        firsts, seconds = (
+            self._spread(torch.from_numpy(np.stack(moments)).to(self.adapted.device))
+            for moments in ([m.first for m in kept], [m.second for m in kept])
+        )
+        for name, parameter in running.stack.items():
+            running.optimizer.state[parameter] = {
+                "step": torch.tensor(float(kept[0].steps)),
+                "exp_avg": firsts[name].detach(),
+                "exp_avg_sq": seconds[name].detach(),
+            }
+
+    def _results(self, running: _Running, first: int) -> list[Trained]:
+        """What the members of the stack from `first` on have come to."""
+        last = members(running.stack)
+        change = (self._gathered(running.stack, first) - running.start[first:last]).cpu().numpy()
+        losses = [torch.stack(own).cpu().numpy() for own in running.losses[first:last]]
+        moments = [
+            member.moments and Moments(mean, square, member.moments.steps + len(own))
+            for member, own, mean, square in zip(
+                running.cohort[first:last], losses, *self._moments(running, first), strict=True
+            )
+        ]
+        return [Trained(*parts) for parts in zip(change, losses, moments, strict=True)]
+
+    def _moments(self, running: _Running, first: int) -> list[Any]:
+        """AdamW's two moments of the members from `first` on, each (members, trained.size); empty rows under SGD."""
+        if not isinstance(running.optimizer, torch.optim.AdamW):
+            return [np.empty((members(running.stack) - first, 0), np.float32)] * 2
+        states = {name: running.optimizer.state[parameter] for name, parameter in running.stack.items()}
         return [
-            Trained(change.numpy(), torch.stack(own).cpu().numpy()) for change, own in zip(changes, losses, strict=True)
+            self._gathered({name: state[key] for name, state in states.items()}, first).cpu().numpy()
+            for key in ("exp_avg", "exp_avg_sq")
         ]
 
-    def _step(
-        self,
-        examples: Examples,
-        cohort: Sequence[Member],
-        step: int,
-        stack: Stack,
-        optimizer: torch.optim.Optimizer,
-    ) -> Tensor:
+    def _step(self, examples: Examples, running: _Running, step: int) -> Tensor:
         """One optimizer step of every active member; their losses before it, (C,)."""
-        batch = self.adapted.task.collate(examples, [member.batches[step] for member in cohort])
-        device = self.adapted.device
-        inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+        cohort = running.cohort[: members(running.stack)]
+        batch = self.adapted.batch(examples, [member.batches[step] for member in cohort])
         dropout = self._dropout(cohort, step, batch.shapes)
-        losses = member_losses(
-            self.adapted.task, self.forward(stack, inputs, dropout), batch.labels.to(device), len(cohort)
-        )
-        optimizer.zero_grad()
+        logits = self.forward(running.stack, batch.inputs, dropout)
+        losses = member_losses(self.adapted.task, logits, batch.labels, len(cohort))
+        running.optimizer.zero_grad()
         torch.autograd.backward(losses.sum())
-        optimizer.step()
+        running.optimizer.step()
         return losses.detach()
 
     def _dropout(self, cohort: Sequence[Member], step: int, shapes: Sequence[tuple[int, int]]) -> Dropout | None:
@@ -141,14 +222,10 @@ class Trainer:
 
         return drop
 
-    def _store(self, stack: Stack, start: Stack, changes: Tensor, first: int) -> None:
-        """Write trained − start of the members from `first` on."""
-        for tensor in self.trained.tensors:
-            values = stack[self.adapted.parameter_names[tensor.name]].detach()[first:]
-            difference = (values - start[tensor.name]).reshape(len(values), -1)
-            offset = self.trained.offsets[tensor.name]
-            last = first + len(values)
-            changes[first:last, offset : offset + tensor.size] = difference
+
+def _before(member: Member) -> int:
+    """The steps that a member's moments stand for."""
+    return -1 if member.moments is None else member.moments.steps
 
 
 def _optimizer(parameters: list[Tensor], local: Local) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from .client.client import Client, Sites
 from .client.frozen import add_frozen
 from .client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification, Task
 from .progress import Silent, Watch
-from .protocols.errors import DataError, ModelError
+from .protocols.errors import DataError, ModelError, SpecError
 from .protocols.legality import initial_a, recipe_of
 from .protocols.spec import RunSpec
 from .server.store import MemoryStore
@@ -69,6 +69,11 @@ def simulate(
 def _federation(spec: RunSpec, model: Any, clients: Sequence[Items], evaluation: Items | None) -> Federation:
     recipe = recipe_of(spec)
     adapted = adapt(model, _padding_task(spec.model.task, model))
+    if initial_a(spec) == "eva":
+        raise SpecError(
+            'recipe.initial_a = "eva" is illegal here: put it into the A\'s of the model that you pass. '
+            'Nearest legal: "orthonormal".'
+        )
     if initial_a(spec) == "orthonormal":
         orthonormalize_factors(adapted)
     adapted = add_frozen(adapted, recipe, spec)

@@ -88,7 +88,7 @@ def _traffic(spec: RunSpec, shared: SharedAdapter, clients: Sequence[int]) -> tu
     ranks = Counter(rank_of(spec, client) for client in clients)
     rounds = range(1, spec.run.rounds + 1)
     return (
-        sum(count * down.size(shared.received(round_, rank)) for round_ in rounds for rank, count in ranks.items()),
+        sum(count * down.size(shared.delivered(round_, rank)) for round_ in rounds for rank, count in ranks.items()),
         sum(count * up.size(shared.sent(round_, rank)) for round_ in rounds for rank, count in ranks.items()),
     )
 

@@ -90,6 +90,7 @@ def recipe_rows(name: str | None) -> list[dict[str, Any]]:
             "linear": recipe.linear,
             "residual": recipe.residual,
             "downlink": _downlink(recipe),
+            "initial_a": [*recipe.initial_a, *(() if recipe.streams else ("eva",))],
             "mixed_ranks": recipe.mixes_ranks,
             "server_optimizers": list(recipe.server_optimizers),
             "privacy_units": list(recipe.units),
@@ -118,9 +119,10 @@ def _downlink(recipe: Recipe) -> str:
 
 
 def recipe_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a recipe, or all that is known of one."""
+    """One line a recipe, or all that is known of one; and what may be the same in all."""
+    eva = 'With recipe.initial_a = "eva" A starts from adapter.public, and from no other data [EVA, arXiv 2410.07170].'
     if len(rows) > 1:
-        return "\n".join(f"{row['name']:<10} {row['summary']}  [{row['paper']}]" for row in rows)
+        return "\n".join(f"{row['name']:<10} {row['summary']}  [{row['paper']}]" for row in rows) + f"\n\n{eva}"
     return "\n".join(f"{key:<18} {', '.join(v) if isinstance(v, list) else v}" for key, v in rows[0].items())
 
 

@@ -22,9 +22,12 @@ precision = "fp32"              # of the frozen base: fp32 | bf16; adapters are 
 
 [adapter]
 method = "lora"                 # with recipe "fedit" also dora | adalora | vera | ia3 | prompt | prefix | bottleneck |
-                                # bias | head | full
+                                # nola | bias | head | full
 # virtual_tokens = 16           # of a prompt or a prefix
 # bottleneck = 16               # inner width of a bottleneck
+# bases = 64                    # of nola: numbers that travel for each factor
+# layers = [4, 5]               # only these transformer blocks
+# public = "public.jsonl"       # with recipe.initial_a = "eva": A starts from it
 rank = 8
 alpha = 16                      # the product is scaled by alpha / rank
 targets = "all-linear"          # or names of modules: ["query", "value"]

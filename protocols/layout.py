@@ -143,6 +143,17 @@ class AdapterLayout:
         """The layout of the tensors with these roles alone (offsets are counted anew)."""
         return AdapterLayout(t for t in self.tensors if t.role in roles)
 
+    def fragment(self, index: int, count: int) -> "AdapterLayout":
+        """One of `count` parts, strided over the modules in order; the factors of a pair stay together."""
+        modules = sorted({_module(t) for t in self.tensors})
+        own = set(modules[index % count :: count])
+        return AdapterLayout(t for t in self.tensors if _module(t) in own)
+
+    @cached_property
+    def modules(self) -> int:
+        """How many modules it has: a pair is one, and each tensor outside of pairs."""
+        return len({_module(t) for t in self.tensors})
+
     def with_rotations(self) -> "AdapterLayout":
         """This layout without its A factors, and an (r, r) rotation for each of them: FedSVD's downlink."""
         rotations = (TensorSpec(p.module + ROTATION_SUFFIX, (p.rank, p.rank), "other") for p in self.pairs)
@@ -198,6 +209,10 @@ class AdapterLayout:
 
     def __repr__(self) -> str:
         return f"AdapterLayout({len(self.tensors)} tensors, {self.size} values)"
+
+
+def _module(tensor: TensorSpec) -> str:
+    return tensor.name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX)
 
 
 def leading(

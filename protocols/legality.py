@@ -22,14 +22,16 @@ def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
     return [
         *_of_the_step(spec, recipe),
         *_of_the_adapter(spec, recipe),
+        *_of_the_start(spec, recipe),
         *_of_the_aggregator(spec, recipe),
         *_of_the_wire(spec, recipe),
+        *_of_fragments(spec, recipe),
         *_of_unused_keys(spec, recipe),
     ]
 
 
-def initial_a(spec: RunSpec) -> Literal["kaiming", "orthonormal"]:
-    """How A is drawn at the start of the run."""
+def initial_a(spec: RunSpec) -> Literal["kaiming", "orthonormal", "eva"]:
+    """How A starts: drawn by key, or from public data (`eva`)."""
     return spec.recipe.initial_a or recipe_of(spec).initial_a[0]
 
 
@@ -66,16 +68,11 @@ def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
 
 def _of_the_adapter(spec: RunSpec, recipe: Recipe) -> list[str]:
     problems = []
-    if spec.adapter.method != "lora" and recipe.name != "fedit":
+    if spec.adapter.method != "lora" and recipe.name not in ("fedit", "diloco"):
         problems.append(
             f'recipe.name = "{recipe.name}" is illegal with adapter.method = "{spec.adapter.method}": the recipe works '
             'on the factors of ΔW = B·A, which this method does not have. Nearest legal: "fedit", the mean of what is '
             "trained."
-        )
-    if spec.recipe.initial_a not in (None, *recipe.initial_a):
-        problems.append(
-            f'recipe.initial_a = "{spec.recipe.initial_a}" is illegal with {recipe.name}. '
-            f'Nearest legal: "{recipe.initial_a[0]}".'
         )
     if spec.adapter.ranks and not recipe.mixes_ranks:
         other = 'recipe.name = "flexlora", or ' if spec.adapter.method == "lora" else ""
@@ -83,15 +80,54 @@ def _of_the_adapter(spec: RunSpec, recipe: Recipe) -> list[str]:
             f"adapter.ranks = {list(spec.adapter.ranks)} is illegal with {recipe.name}: it needs one rank, because it "
             f"adds factors component by component. Nearest legal: {other}no ranks."
         )
+    return problems
+
+
+def _of_the_start(spec: RunSpec, recipe: Recipe) -> list[str]:
+    problems = _of_eva(spec, recipe) if spec.recipe.initial_a == "eva" else []
+    if spec.recipe.initial_a not in (None, "eva", *recipe.initial_a):
+        problems.append(
+            f'recipe.initial_a = "{spec.recipe.initial_a}" is illegal with {recipe.name}. '
+            f'Nearest legal: "{recipe.initial_a[0]}".'
+        )
     if spec.adapter.ranks and spec.adapter.start:
         problems.append(
             f'adapter.start = "{spec.adapter.start}" is illegal with adapter.ranks: the first components of its '
             "factors are not its best part. Nearest legal: one rank."
         )
+    if spec.adapter.layers and spec.adapter.start:
+        problems.append(
+            f'adapter.start = "{spec.adapter.start}" is illegal with adapter.layers = {list(spec.adapter.layers)}: its '
+            "folder says itself which blocks it adapts. Nearest legal: adapter.layers = []."
+        )
     if recipe.has_frozen and spec.adapter.start:
         problems.append(
             f'adapter.start = "{spec.adapter.start}" is illegal with {recipe.name}: it has frozen factors of its own. '
             f'Nearest legal: recipe.name = "{"ffa" if recipe.refreshes else "flexlora"}".'
+        )
+    return problems
+
+
+def _of_eva(spec: RunSpec, recipe: Recipe) -> list[str]:
+    """A is made from public data alone, and has to be made: a factor of plain LoRA, and not one from a folder."""
+    public, nearest = spec.adapter.public, f'Nearest legal: "{recipe.initial_a[0]}".'
+    eva = 'recipe.initial_a = "eva" is illegal'
+    problems = []
+    if spec.adapter.method != "lora":
+        problems.append(f'{eva} with adapter.method = "{spec.adapter.method}", which has no A of its own. {nearest}')
+    if spec.adapter.start:
+        problems.append(f'{eva} with adapter.start = "{spec.adapter.start}", which has an A already. {nearest}')
+    if recipe.streams:
+        problems.append(
+            f"{eva} with {recipe.name}: nodes begin from tensors of their own, and two machines may compute another A. "
+            f"{nearest}"
+        )
+    elif public is None:
+        problems.append(f"{eva} without adapter.public, the only data that A may come from. {nearest}")
+    if spec.data is not None and public in (spec.data.source, spec.data.evaluation):
+        problems.append(
+            f'adapter.public = "{public}" is illegal: data that a run trains or is evaluated on is not public. '
+            f'Nearest legal: another source, or recipe.initial_a = "{recipe.initial_a[0]}".'
         )
     return problems
 
@@ -121,17 +157,50 @@ def _of_the_wire(spec: RunSpec, recipe: Recipe) -> list[str]:
     why = ""
     if recipe.replaces or recipe.alternates or recipe.refreshes:
         why = f"{recipe.name} gives nodes other factors from round to round, where an old residual means nothing"
+    elif recipe.streams:
+        why = "what is left of a fragment stays in the node's own tensors already"
     elif spec.adapter.ranks:
         why = "nodes of different ranks would keep residuals of different shapes"
     return [f'wire.codec = "top-k" is illegal here: {why}. Nearest legal: "fp4".'] if why else []
 
 
+def _of_fragments(spec: RunSpec, recipe: Recipe) -> list[str]:
+    if not recipe.streams:
+        return []
+    problems = []
+    settings, steps = spec.recipe, spec.local.steps
+    if settings.fragments > 1 and spec.participation.sampling != "all":
+        problems.append(
+            f'participation.sampling = "{spec.participation.sampling}" is illegal with recipe.fragments = '
+            f'{settings.fragments}: a node that misses a round misses a fragment. Nearest legal: "all".'
+        )
+    if steps is not None and settings.delay >= steps:
+        problems.append(
+            f"recipe.delay = {settings.delay} is not below local.steps = {steps}: a fragment would never arrive. "
+            f"Nearest legal: {steps - 1}."
+        )
+    return problems
+
+
 def _of_unused_keys(spec: RunSpec, recipe: Recipe) -> list[str]:
     problems = []
+    if spec.adapter.public is not None and spec.recipe.initial_a != "eva":
+        problems.append(
+            f'adapter.public = "{spec.adapter.public}": read for recipe.initial_a = "eva" alone; remove the key.'
+        )
     if spec.recipe.period is not None and not (recipe.refactorizes or recipe.refreshes):
         problems.append(f"recipe.period = {spec.recipe.period}: {recipe.name} has no period; remove the key.")
     if spec.recipe.budget is not None and not (recipe.has_frozen or recipe.residual == "server"):
         problems.append(f"recipe.budget = {spec.recipe.budget}: {recipe.name} has no budget; remove the key.")
+    problems += [
+        f"recipe.{key} = {value}: {recipe.name} synchronizes all at once; remove the key."
+        for key, value, usual in (
+            ("fragments", spec.recipe.fragments, 1),
+            ("mixing", spec.recipe.mixing, 0.0),
+            ("delay", spec.recipe.delay, 0),
+        )
+        if value != usual and not recipe.streams
+    ]
     if recipe.refreshes and spec.recipe.budget is not None and spec.recipe.budget < spec.adapter.rank:
         problems.append(
             f"recipe.budget = {spec.recipe.budget} is below adapter.rank = {spec.adapter.rank}: not one fresh start "

@@ -46,6 +46,12 @@ METHODS: dict[str, Method] = {
             "no: bilinear in its two vectors",
         ),
         Method(
+            "nola",
+            "factors that are sums of seeded random matrices, whose coefficients are trained",
+            "NOLA, arXiv 2310.02556",
+            "no: bilinear in the coefficients of A and those of B; yes in each of the two",
+        ),
+        Method(
             "ia3",
             "a scale for each output of the targets",
             "(IA)³, arXiv 2205.05638",

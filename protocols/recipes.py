@@ -28,7 +28,8 @@ class Recipe:
     the average of this rank cannot hold: it is lost, kept at the server for the next round, or sent to nodes as
     `frozen` factors beside the trained ones. `refactorizes`: every `period` rounds `B·A` is rewritten with an
     orthonormal A by an SVD, and nodes receive A as an r×r rotation of the A they started from. `refreshes`: every
-    `period` rounds `B·A` moves to the frozen factors, and training starts anew in another row space. `linear`: the
+    `period` rounds `B·A` moves to the frozen factors, and training starts anew in another row space. `streams`: nodes go
+    on from tensors of their own, and each round synchronizes one fragment of them in turn. `linear`: the
     aggregate is a linear sum of what nodes send. `exact`: it is the mean product itself, but for a rank budget.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     residual: Literal["none", "lost", "server", "frozen"] = "none"
     refactorizes: bool = False
     refreshes: bool = False
+    streams: bool = False
     period: int = 1
     mixes_ranks: bool = False
     initial_a: tuple[Literal["kaiming", "orthonormal"], ...] = ("kaiming",)
@@ -71,7 +73,15 @@ class Recipe:
         return layout.select({*self.trains, "frozen"}) if self.residual == "frozen" else trained
 
     def downlink(self, layout: AdapterLayout, round_: int, settings: Settings) -> AdapterLayout:
-        """The tensors that a node receives for a round: all that changed since the start, in their smallest form."""
+        """The tensors that a node receives for a round: all that changed since the start, in their smallest form.
+
+        Under EVA the A's of the start are among them: no two machines compute the same ones (`client/eva.py`).
+        """
+        changed = self._changed(layout, round_, settings)
+        starts = layout.select({"A"}) if settings.initial_a == "eva" else AdapterLayout([])
+        return AdapterLayout({tensor.name: tensor for tensor in (*changed.tensors, *starts.tensors)}.values())
+
+    def _changed(self, layout: AdapterLayout, round_: int, settings: Settings) -> AdapterLayout:
         if self.refactorizes:
             return layout.with_rotations()
         received = layout.select({*self.trains, "frozen"})
@@ -191,6 +201,16 @@ RECIPES: dict[str, Recipe] = {
             mixes_ranks=True,
             server_optimizers=REPLACED,
             linear=False,
+            exact=False,
+        ),
+        Recipe(
+            name="diloco",
+            summary="nodes keep their own A and B; each round averages one fragment, mixed in after a delay",
+            paper="Streaming DiLoCo, arXiv 2501.18512",
+            trains=BOTH,
+            residual="lost",
+            streams=True,
+            server_optimizers=("sgd", "nesterov", "adam"),
             exact=False,
         ),
         Recipe(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import SpecError
 from .layout import A_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, leading
 from .recipes import Recipe
 from .spec import Recipe as Settings
@@ -30,13 +31,32 @@ class SharedAdapter:
     layout: AdapterLayout
     start: Flat
 
+    def __post_init__(self) -> None:
+        if self.settings.fragments > max(1, self.layout.modules):
+            raise SpecError(
+                f"recipe.fragments = {self.settings.fragments}: the adapter has {self.layout.modules} modules. "
+                f"Nearest legal: {max(1, self.layout.modules)}"
+            )
+
     def received(self, round_: int, rank: int = 0) -> AdapterLayout:
         """What a node of this rank (0: the adapter's own) receives for a round, counted from 1."""
         return self.recipe.downlink(self.layout, round_, self.settings).at_rank(rank)
 
+    def delivered(self, round_: int, rank: int = 0) -> AdapterLayout:
+        """What of it the server sends: all, or where fragments stream, the one that the round before has moved."""
+        return self._fragment(self.received(round_, rank), round_ - 1)
+
+    def trained(self, round_: int) -> AdapterLayout:
+        """What a node trains in a round."""
+        return self.recipe.trained(self.layout, round_)
+
     def sent(self, round_: int, rank: int = 0) -> AdapterLayout:
-        """What a node of this rank trains and sends in a round."""
-        return self.recipe.trained(self.layout, round_).at_rank(rank)
+        """What of it a node of this rank sends."""
+        return self._fragment(self.trained(round_), round_).at_rank(rank)
+
+    def stepped(self, round_: int) -> AdapterLayout:
+        """What the server's step of a round moves."""
+        return self._fragment(self.recipe.stepped(self.layout, round_), round_)
 
     def initial_state(self) -> Flat:
         """The state that round 1 starts from: the start itself, every rotation the identity."""
@@ -66,6 +86,12 @@ class SharedAdapter:
             return {}
         received = self.received(round_).split(state)
         return {pair.module: received[pair.module + ROTATION_SUFFIX] for pair in self.layout.pairs}
+
+    def _fragment(self, layout: AdapterLayout, round_: int) -> AdapterLayout:
+        """The fragment whose turn it is in a round; nothing in round 0. The whole where none stream."""
+        if not self.recipe.streams:
+            return layout
+        return layout.fragment(round_ - 1, self.settings.fragments) if round_ > 0 else AdapterLayout([])
 
     def _turn_page(self, pair: Pair, tensors: Mapping[str, Matrix], round_: int) -> None:
         """`refresh`: the start holds the A of every fresh start, the first one as A, the later ones as the frozen A."""

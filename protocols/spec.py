@@ -55,22 +55,28 @@ class Model(Section):
 class Adapter(Section):
     """The trainable part. `targets` are the names of the modules that are adapted; `start` warm-starts from a folder.
 
-    `rank` and `alpha` are of lora, dora and adalora (vera has the rank alone), `virtual_tokens` of prompt and prefix,
+    `rank` and `alpha` are of lora, dora, adalora and nola (vera has the rank alone), `bases` of nola: how many random
+    matrices each factor is the sum of, and how many numbers of it travel. `virtual_tokens` are of prompt and prefix.
     `ranks`, where given, are what sites can afford: each node has one of them, by key, and `rank` is the largest.
     `bottleneck` is the inner width of bottleneck. bias, head and full have no targets. A classifier is trained
-    beside every method.
+    beside every method. `layers` are the numbers of the transformer blocks that are adapted, from 0 and ascending
+    (empty: all, and what lies outside of them). `public` is data that everybody may see: a file, a hub dataset or a
+    builtin, read as `data.source` is. With `recipe.initial_a = "eva"` A starts from it, and from no other data.
     """
 
     method: Literal[
-        "lora", "dora", "adalora", "vera", "ia3", "prompt", "prefix", "bottleneck", "bias", "head", "full"
+        "lora", "dora", "adalora", "vera", "nola", "ia3", "prompt", "prefix", "bottleneck", "bias", "head", "full"
     ] = "lora"
     rank: Positive = 8
     ranks: tuple[Positive, ...] = ()
     alpha: PositiveFloat = 16.0
     targets: Targets = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bases: Positive = 64
     virtual_tokens: Positive = 16
     bottleneck: Positive = 16
+    public: str | None = None
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     start: str | None = None
 
     @model_validator(mode="after")
@@ -90,12 +96,28 @@ class Adapter(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _layers_of_blocks(self) -> Self:
+        ascending = sorted(set(self.layers))
+        if list(self.layers) != ascending:
+            raise ValueError(f"layers = {list(self.layers)} is not ascending. Nearest legal: layers = {ascending}")
+        if self.layers and self.method in ("prompt", "prefix", "head", "full"):
+            raise ValueError(
+                f'layers = {ascending} is illegal with method = "{self.method}", which adapts no single blocks. '
+                "Nearest legal: layers = []"
+            )
+        return self
+
 
 class Recipe(Section):
     """How updates become the next adapter; `fedapt recipes` lists the names.
 
     `period` counts the rounds between two refactorizations (fedsvd) or two fresh starts (refresh). `budget` is the
     rank that may be kept beside the adapter: in the frozen part (fedex, refresh) or at the server (flora).
+    `initial_a` is how A starts: drawn by key (kaiming, orthonormal), or with `eva` the directions in which the inputs
+    of each layer are largest on `adapter.public`, which are orthonormal too (by default, the recipe's own way).
+    `fragments`, `mixing` and `delay` are of diloco: a round synchronizes one fragment in turn, and a node takes it
+    `delay` steps into the next round as `mixing` of its own tensors and 1 − `mixing` of the federation's.
     `aggregator` is how updates become one; `byzantine` is the share of the nodes that may send anything (krum,
     multi-krum, trimmed-mean).
     """
@@ -103,12 +125,15 @@ class Recipe(Section):
     name: str = "fedsvd"
     period: Positive | None = None
     budget: Positive | None = None
+    fragments: Positive = 1
+    mixing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    delay: Annotated[int, Field(ge=0)] = 0
     weighting: Literal["examples", "uniform"] = "examples"
     aggregator: Literal[
         "mean", "krum", "multi-krum", "geometric-median", "clip", "median", "trimmed-mean", "ties", "breadcrumbs", "pcb"
     ] = "mean"
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
-    initial_a: Literal["kaiming", "orthonormal"] | None = None
+    initial_a: Literal["kaiming", "orthonormal", "eva"] | None = None
     optimizer: Literal["sgd", "nesterov", "novograd", "adam"] = "sgd"
     learning_rate: PositiveFloat = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -270,7 +295,8 @@ class RunSpec(Section):
             return str((folder / name).resolve())
 
         model = self.model.model_copy(update={"base": resolved(self.model.base)})
-        adapter = self.adapter.model_copy(update={"start": resolved(self.adapter.start)})
+        own = {"start": resolved(self.adapter.start), "public": resolved(self.adapter.public)}
+        adapter = self.adapter.model_copy(update=own)
         data = self.data and self.data.model_copy(
             update={"source": resolved(self.data.source), "evaluation": resolved(self.data.evaluation)}
         )

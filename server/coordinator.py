@@ -156,7 +156,7 @@ class Coordinator:
         for node in self._open(round_):
             rank = rank_of(self.spec, node)
             if rank not in packed:
-                own = self.shared.received(round_, rank)
+                own = self.shared.delivered(round_, rank)
                 payload = self.down.encode(self.shared.received(round_).cut(state, own), own, key=round_)
                 packed[rank] = payload, version_of(own, self.down.decode(payload, own))
             payload, version = packed[rank]

@@ -98,6 +98,11 @@ class RecipeStrategy(FedAvg):
                 f'recipe.name = "{self.recipe.name}" needs frozen factors beside the adapter, which a stock client '
                 f'does not hold. Nearest legal: "{nearest}", or fedapt\'s own ClientApp.'
             )
+        if self.recipe.streams:
+            raise SpecError(
+                f'recipe.name = "{self.recipe.name}" needs nodes that go on from tensors of their own, which a stock '
+                'client forgets. Nearest legal: "fedit", or fedapt\'s own ClientApp.'
+            )
         self._standing: _Standing | None = None
 
     def summary(self) -> None:

@@ -33,7 +33,7 @@ TASKS = {
     "llama-head": "sequence-classification",
     "vit": "image-classification",
 }
-METHODS = ("lora", "dora", "adalora", "vera", "ia3", "prompt", "prefix", "bottleneck", "bias", "head", "full")
+METHODS = ("lora", "dora", "adalora", "vera", "nola", "ia3", "prompt", "prefix", "bottleneck", "bias", "head", "full")
 ILLEGAL = {
     ("llama", "bias"): "ia3",
     ("llama", "head"): "lora",
@@ -70,7 +70,7 @@ def spec_for(kind: str, method: str, *overrides: str) -> RunSpec:
     model: dict[str, Any] = {"base": str(FOLDERS[kind]), "task": TASKS[kind], "max_length": 16}
     if kind != "llama":
         model["labels"] = 3
-    adapter = {"method": method, "rank": 2, "virtual_tokens": 3, "bottleneck": 4}
+    adapter = {"method": method, "rank": 2, "bases": 5, "virtual_tokens": 3, "bottleneck": 4}
     return RunSpec.check({"model": model, "adapter": adapter, "recipe": {"name": "fedit"}}).set(*overrides)
 
 
@@ -165,12 +165,12 @@ def test_the_start_is_drawn_from_the_seed_alone(kind: str, method: str) -> None:
     starts = [model.read() for model in models]
     assert np.array_equal(starts[0], starts[1])
     assert np.array_equal(starts[0], starts[2]) == (method in {"vera", "ia3", "bias", "head", "full"})
-    # What is frozen has to agree too: VeRA's projections are in no layout.
+    # What is frozen has to agree too: VeRA's projections and NOLA's bases are in no layout.
     for model in models:
         model.write(starts[0] + np.float32(0.1))
     one, two, other = (logits_of(model.model, kind) for model in models)
     assert torch.equal(one, two)
-    assert torch.equal(one, other) == (method != "vera")
+    assert torch.equal(one, other) == (method not in ("vera", "nola"))
 
 
 @pytest.mark.parametrize(("kind", "method"), [pair for pair in LEGAL if pair[1] not in ("prompt", "prefix")])
@@ -188,7 +188,7 @@ def test_names_are_pefts_own(kind: str, method: str) -> None:
     own = {tensor.name for tensor in adapted.layout.tensors}
     copies = (".original_module.", ".modules_to_save.")  # a head's bias, which peft saves under its own name already
     saved = {name for name in get_peft_model_state_dict(adapted.model) if not any(c in name for c in copies)}
-    if method in ("bottleneck", "full"):  # peft takes them for the base's
+    if method in ("bottleneck", "nola", "full"):  # peft takes them for the base's
         model = dict(adapted.model.named_parameters())
         saved |= {name for name in own if name in model}
     assert own == saved
@@ -198,7 +198,7 @@ def test_names_are_pefts_own(kind: str, method: str) -> None:
 
 @by_base_and_method
 def test_a_saved_adapter_comes_back(kind: str, method: str, tmp_path: Path) -> None:
-    """Stock peft loads every kind but the bottleneck, which it refuses; we load all, and a run starts from each."""
+    """Stock peft loads every kind but bottleneck and NOLA, which it refuses; we load all, and a run starts from each."""
     adapted = moved(kind, method)
     save(adapted, tmp_path)
     expected = logits_of(adapted.model, kind)
@@ -211,8 +211,8 @@ def test_a_saved_adapter_comes_back(kind: str, method: str, tmp_path: Path) -> N
     assert np.array_equal(again.read(), adapted.read())
     assert json.dumps(again.config(), sort_keys=True) == json.dumps(adapted.config(), sort_keys=True)
     base = CLASSES[TASKS[kind]].from_pretrained(FOLDERS[kind], **({} if labels is None else {"num_labels": labels}))
-    if method == "bottleneck":
-        with pytest.raises((KeyError, ValueError), match="BOTTLENECK"):
+    if method in ("bottleneck", "nola"):
+        with pytest.raises((KeyError, ValueError), match=method.upper()):
             PeftModel.from_pretrained(base, tmp_path)
     elif method != "vera":  # whose warning about projections is an error here
         assert torch.allclose(logits_of(PeftModel.from_pretrained(base, tmp_path), kind), expected, atol=1e-5)

@@ -11,7 +11,7 @@ recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys()
 REPLACED = ("flexlora", "flora", "fedex", "lora-fair", "hetlora")
 """Recipes whose aggregate is the next adapter."""
 
-BOTH_FACTORS = (*REPLACED, "fedit")
+BOTH_FACTORS = (*REPLACED, "fedit", "diloco")
 REMOVED = "(the key is removed)"
 
 
@@ -39,7 +39,7 @@ ILLEGAL = [
     *(
         (name, "adapter.method", method, "recipe.name=fedit")
         for name in RECIPES
-        if name != "fedit"
+        if name not in ("fedit", "diloco")
         for method in ("dora", "ia3", "bottleneck", "head")
     ),
     *(
@@ -48,6 +48,8 @@ ILLEGAL = [
         if not recipe.mixes_ranks
         for way_out in ("recipe.name=flexlora", "adapter.ranks=[]")
     ),
+    *((name, "recipe.initial_a", "eva", f"recipe.initial_a={r.initial_a[0]}") for name, r in RECIPES.items()),
+    *((name, "adapter.public", "public.jsonl", REMOVED) for name in RECIPES),
     ("refresh", "adapter.start", "warm", "recipe.name=ffa"),
     ("fedex", "adapter.start", "warm", "recipe.name=flexlora"),
     *(
@@ -61,7 +63,14 @@ ILLEGAL = [
         ("hetlora", "recipe.aggregator", rule, "recipe.aggregator=mean")
         for rule in (*ON_ENTRIES, "clip", "krum", "multi-krum", "geometric-median")
     ),
-    *((name, "wire.codec", "top-k", "wire.codec=fp4") for name in (*REPLACED, "rolora", "refresh")),
+    *((name, "wire.codec", "top-k", "wire.codec=fp4") for name in (*REPLACED, "rolora", "refresh", "diloco")),
+    ("diloco", "recipe.optimizer", "novograd", "recipe.optimizer=adam"),
+    *(
+        (name, f"recipe.{key}", value, REMOVED)
+        for name in RECIPES
+        if name != "diloco"
+        for key, value in (("fragments", "2"), ("mixing", "0.5"), ("delay", "1"))
+    ),
     *((name, "recipe.period", "3", REMOVED) for name in RECIPES if name not in ("fedsvd", "refresh")),
     *((name, "recipe.budget", "16", REMOVED) for name in RECIPES if name not in ("refresh", "fedex", "flora")),
     ("refresh", "recipe.budget", "7", "recipe.budget=8"),
@@ -70,7 +79,8 @@ IDS = [f"{name}-{key}-{value}" for name, key, value, _ in ILLEGAL]
 
 CHOICES = {
     "recipe.optimizer": ["sgd", "nesterov", "novograd", "adam"],
-    "recipe.initial_a": ["kaiming", "orthonormal"],
+    "recipe.initial_a": ["kaiming", "orthonormal", "eva"],
+    "adapter.public": ["public.jsonl"],
     "recipe.learning_rate": ["0.5", "1.0"],
     "privacy.unit": ["none", "example", "client"],
     "adapter.method": ["lora", "dora", "ia3", "bottleneck", "head"],
@@ -80,6 +90,9 @@ CHOICES = {
     "wire.codec": ["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"],
     "recipe.period": ["3"],
     "recipe.budget": ["7", "8", "16"],
+    "recipe.fragments": ["2"],
+    "recipe.mixing": ["0.5"],
+    "recipe.delay": ["1"],
 }
 
 
@@ -134,6 +147,9 @@ def test_every_problem_is_named() -> None:
         ("fedsvd", ["adapter.ranks=[2, 8]", "wire.codec=top-k"], "wire.codec=fp4"),
         ("flexlora", ["adapter.ranks=[2, 8]", "adapter.start=warm"], "adapter.ranks=[]"),
         ("fedit", ["adapter.ranks=[2, 8]", "adapter.method=dora"], "adapter.ranks=[]"),
+        ("diloco", ["recipe.fragments=2", "participation.sampling=fixed"], "participation.sampling=all"),
+        ("diloco", ["recipe.delay=4", "local.steps=4"], "recipe.delay=3"),
+        ("fedit", ["adapter.layers=[0]", "adapter.start=warm"], "adapter.layers=[]"),
     ],
 )
 def test_two_legal_choices_that_do_not_go_together(recipe: str, overrides: list[str], way_out: str) -> None:
@@ -153,6 +169,36 @@ def test_how_a_is_drawn_and_what_the_spec_asks_for() -> None:
     assert initial_a(spec_of("ffa")) == "kaiming"
     assert initial_a(spec_of("ffa", "recipe.initial_a=orthonormal")) == "orthonormal"
     assert initial_a(spec_of("refresh")) == "orthonormal"
+
+
+EVA = ("recipe.initial_a=eva", "adapter.public=public.jsonl")
+
+
+@recipes
+def test_every_recipe_whose_nodes_receive_their_start_may_have_it_from_public_data(recipe: Recipe) -> None:
+    assert initial_a(spec_of(recipe.name, *EVA)) == "eva"
+    problems = illegal(spec_of(recipe.name, *EVA), recipe)
+    assert [problem.startswith('recipe.initial_a = "eva" is illegal') for problem in problems] == [
+        True
+    ] * recipe.streams
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "way_out"),
+    [
+        ("fedit", ["adapter.method=dora"], ["recipe.initial_a=kaiming", "adapter.public=''"]),
+        ("ffa", ["adapter.start=warm"], ["recipe.initial_a=kaiming"]),
+        ("fedsvd", ["data.source=public.jsonl"], ["adapter.public=other.jsonl"]),
+        ("fedsvd", ["data.source=a.jsonl", "data.evaluation=public.jsonl"], ["adapter.public=other.jsonl"]),
+    ],
+)
+def test_what_public_data_may_not_stand_beside(recipe: str, overrides: list[str], way_out: list[str]) -> None:
+    with pytest.raises(SpecError, match=r"^[^\n]+ is illegal[^\n]+Nearest legal: [^\n]+$"):
+        recipe_of(spec_of(recipe, *EVA, *overrides))
+    raw = spec_of(recipe, *EVA, *overrides, *way_out).model_dump(exclude_none=True)
+    if raw["recipe"]["initial_a"] != "eva":
+        raw["adapter"].pop("public")
+    assert recipe_of(RunSpec.check(raw)).name == recipe
 
 
 def test_ranks_are_drawn_by_key() -> None:

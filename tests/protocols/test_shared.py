@@ -1,5 +1,6 @@
 """What travels and what is rebuilt, for every recipe: the two sides must agree on the whole adapter."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,3 +202,13 @@ def test_each_fresh_start_trains_in_another_row_space() -> None:
     for first in range(5):
         for second in range(first):
             assert np.linalg.matrix_rank(np.concatenate([seen[first], seen[second]])) == 4
+
+
+@given(st.sampled_from([r for r in RECIPES.values() if not r.streams]), st.from_type(AdapterLayout), seeds)
+def test_under_eva_no_node_counts_on_its_own_a(recipe: Recipe, layout: AdapterLayout, seed: int) -> None:
+    """Machines compute other directions of the same data; what a node receives stands for one adapter all the same."""
+    shared = shared_of(recipe, layout, seed, initial_a="eva")
+    state, own = shared.initial_state(), shared.start.copy()
+    for pair in shared.layout.pairs:
+        shared.layout.view(own, pair.a.name)[...] += 1
+    assert np.array_equal(replace(shared, start=own).whole(state, 1), shared.whole(state, 1))

@@ -36,6 +36,9 @@ dropout = 0.1
 name = "fedsvd"
 period = 2
 budget = 16
+fragments = 3
+mixing = 0.5
+delay = 2
 aggregator = "clip"
 byzantine = 0.1
 weighting = "uniform"
@@ -129,6 +132,15 @@ SECTION_MISTAKES = [
     ("[adapter]\nrank = 8\nranks = [2, 4]", "[adapter] rank = 8 is not the largest of ranks = [2, 4]: set rank = 4"),
     ("[adapter]\nranks = [0, 8]", "adapter.ranks = 0: input should be greater than or equal to 1"),
     ('[adapter]\nmethod = "dora"\ndropout = 0.1', 'dropout = 0.1 is illegal with method = "dora"'),
+    ("[adapter]\nlayers = [-1]", "adapter.layers = -1: input should be greater than or equal to 0"),
+    ("[adapter]\nlayers = [3, 1, 1]", "[adapter] layers = [3, 1, 1] is not ascending. Nearest legal: layers = [1, 3]"),
+    *(
+        (
+            f'[adapter]\nmethod = "{method}"\nlayers = [0]',
+            f'layers = [0] is illegal with method = "{method}", which adapts no single blocks. Nearest legal: layers',
+        )
+        for method in ("prompt", "prefix", "head", "full")
+    ),
     ("[recipe]\nbudget = 0", "recipe.budget = 0: input should be greater than or equal to 1"),
     ("[recipe]\nperiod = 0", "recipe.period = 0: input should be greater than or equal to 1"),
     ("[recipe]\nbyzantine = 0.5", "recipe.byzantine = 0.5: input should be less than 0.5"),
@@ -274,14 +286,15 @@ def test_set_gives_a_new_spec_and_leaves_the_old() -> None:
 
 
 def test_paths_that_exist_are_taken_from_the_folder_of_the_spec(tmp_path: Path) -> None:
-    for name in ("train.jsonl", "warm", "base"):
+    for name in ("train.jsonl", "warm", "base", "public.jsonl"):
         (tmp_path / name).touch()
     file = tmp_path / "spec.toml"
     file.write_text(FULL.replace("FacebookAI/roberta-base", "base"), encoding="utf-8")
-    spec = RunSpec.load(file, overrides=["adapter.start=warm"])
+    spec = RunSpec.load(file, overrides=["adapter.start=warm", "adapter.public=public.jsonl"])
     assert spec.data is not None
     assert spec.model.base == str(tmp_path / "base")
     assert spec.adapter.start == str(tmp_path / "warm")
+    assert spec.adapter.public == str(tmp_path / "public.jsonl")
     assert spec.data.source == str(tmp_path / "train.jsonl")
     assert spec.data.evaluation == "test.jsonl", "what is no file here stays as it was written: a hub dataset, say"
 

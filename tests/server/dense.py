@@ -127,7 +127,7 @@ class Case:
                     ridge = RIDGE * np.trace(a @ a.T) / max(1, pair.rank) * np.eye(pair.rank)
                     correction = (means[pair.module] - b @ a) @ a.T @ np.linalg.pinv(a @ a.T + ridge)
                     found[pair.module] = (b + correction) @ a
-                case "fedit" | "hetlora" | "fedex":
+                case "fedit" | "diloco" | "hetlora" | "fedex":
                     found[pair.module] = b @ a
                 case _:
                     found[pair.module] = means[pair.module]

@@ -66,6 +66,7 @@ class FakeGrid:
     scale: float = 0.3
     sent: list[Assignment] = field(default_factory=list)
     received: list[Flat] = field(default_factory=list)
+    known: dict[int, Flat] = field(default_factory=dict)
     _waiting: list[Assignment] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
@@ -85,10 +86,17 @@ class FakeGrid:
 
     def train(self, assignment: Assignment) -> Update:
         shared, round_, rank = shared_of(self.spec), assignment.round, rank_of(self.spec, assignment.node)
-        downlink, trained = shared.received(round_, rank), shared.sent(round_, rank)
+        downlink, trained = shared.delivered(round_, rank), shared.sent(round_, rank)
         state = CODECS[self.spec.wire.downlink].decode(assignment.payload, downlink)
         assert assignment.version == version_of(downlink, state), "the version is of what arrives"
-        adapter = shared.whole(shared.received(round_).pad(state, downlink), round_)
+        whole = shared.received(round_).pad(state, downlink)
+        if shared.recipe.streams:  # a node knows the other fragments from the rounds before
+            known = self.known.setdefault(assignment.node, shared.initial_state())
+            tensors = shared.received(round_).split(known)
+            for name, values in downlink.split(state).items():
+                tensors[name][...] = values
+            whole = known.copy()
+        adapter = shared.whole(whole, round_)
         self.received.append(adapter)
         key = derive(1, "target", assignment.round, assignment.node)
         target = generator(key).standard_normal(shared.layout.size).astype(np.float32)

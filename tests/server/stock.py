@@ -28,7 +28,7 @@ LAYOUT = AdapterLayout(
 )
 NODES = (3, 4, 2**63 + 1, 2**64 - 1)
 ROUNDS = 5
-STOCK = [name for name, recipe in RECIPES.items() if not recipe.has_frozen]
+STOCK = [name for name, recipe in RECIPES.items() if not (recipe.has_frozen or recipe.streams)]
 Tensors = Mapping[str, Matrix]
 
 

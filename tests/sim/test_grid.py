@@ -61,7 +61,7 @@ def grid(federation: Federation) -> LocalGrid:
 def assignments(federation: Federation) -> list[Assignment]:
     """Round 1 for every node."""
     client = federation.client
-    state, downlink = client.shared.initial_state(), client.shared.received(1)
+    state, downlink = client.shared.initial_state(), client.shared.delivered(1)
     payload = CODECS["fp32"].encode(state, downlink, 0)
     return [Assignment("run", 1, 1, node, version_of(downlink, state), payload) for node in client.nodes()]
 
