@@ -32,13 +32,22 @@ def philox4x32(counters: Words, key: int) -> Words:
     Formal guarantees: the known answers of the Random123 distribution.
     """
     x0, x1, x2, x3 = np.moveaxis(counters.astype(np.uint64), -1, 0)
-    key0, key1 = _halves(key)
+    return np.stack(rounds(x0, x1, x2, x3, *halves(key)), axis=-1).astype(np.uint32)
+
+
+def rounds(  # noqa: PLR0917 - two vectors, spelled out
+    x0: Any, x1: Any, x2: Any, x3: Any, key0: Any, key1: Any
+) -> tuple[Any, Any, Any, Any]:
+    """The ten rounds of one counter, or of arrays of counters: each word is a 32-bit number in a uint64.
+
+    It stands alone because compiled loops, here and in the kernels, take it in as it is.
+    """
     for _ in range(_ROUNDS):
         first, second = _MULTIPLIERS[0] * x0, _MULTIPLIERS[1] * x2
         x0, x1 = (second >> _WORD) ^ x1 ^ key0, second & _MASK
         x2, x3 = (first >> _WORD) ^ x3 ^ key1, first & _MASK
         key0, key1 = (key0 + _INCREMENTS[0]) & _MASK, (key1 + _INCREMENTS[1]) & _MASK
-    return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)
+    return x0, x1, x2, x3
 
 
 def signs_reference(key: int, directions: int, count: int, stream: int = 0) -> Signs:
@@ -46,7 +55,7 @@ def signs_reference(key: int, directions: int, count: int, stream: int = 0) -> S
     index = np.arange(-(-count // BLOCK), dtype=np.uint64)
     direction = np.arange(directions, dtype=np.uint64)[:, None]
     counters = np.broadcast_arrays(index & _MASK, index >> _WORD, direction, np.uint64(np.uint32(stream)))
-    return _unpacked(philox4x32(np.stack(counters, axis=-1).astype(np.uint32), key), count)
+    return unpack(philox4x32(np.stack(counters, axis=-1).astype(np.uint32), key), count)
 
 
 def signs(key: int, directions: int, count: int, stream: int = 0) -> Signs:
@@ -57,16 +66,17 @@ def signs(key: int, directions: int, count: int, stream: int = 0) -> Signs:
     Formal guarantees: equal to `signs_reference` in every bit.
     """
     words = np.empty((directions, -(-count // BLOCK), 4), np.uint32)
-    _compiled()(*_halves(key), np.uint64(np.uint32(stream)), words)
-    return _unpacked(words, count)
+    _compiled()(*halves(key), np.uint64(np.uint32(stream)), words)
+    return unpack(words, count)
 
 
-def _halves(key: int) -> tuple[np.uint64, np.uint64]:
+def halves(key: int) -> tuple[np.uint64, np.uint64]:
+    """The low and the high 32 bits of a 64-bit `key`; OverflowError beyond."""
     return np.uint64(np.uint32(key & 0xFFFFFFFF)), np.uint64(np.uint32(key >> 32))
 
 
-def _unpacked(words: Words, count: int) -> Signs:
-    """The first `count` bits of each row of blocks (directions, blocks, 4), as signs."""
+def unpack(words: Words, count: int) -> Signs:
+    """The first `count` bits of each row of blocks (directions, blocks, 4), as signs: int8, (directions, count)."""
     octets = words.astype("<u4", copy=False).reshape(len(words), words.shape[1] * 4).view(np.uint8)
     bits = np.unpackbits(octets, axis=1, count=count, bitorder="little").view(np.int8)
     bits *= -2
@@ -74,28 +84,25 @@ def _unpacked(words: Words, count: int) -> Signs:
     return bits
 
 
-def _fill(key0: np.uint64, key1: np.uint64, stream: np.uint64, words: Words) -> None:
-    """All blocks of `words` (directions, blocks, 4) one after another: once compiled, a block stays in registers."""
-    for direction in range(words.shape[0]):
-        for block in range(words.shape[1]):
-            x0, x1 = np.uint64(block) & _MASK, np.uint64(block) >> _WORD
-            x2, x3 = np.uint64(direction), stream
-            k0, k1 = key0, key1
-            for _ in range(_ROUNDS):
-                first, second = _MULTIPLIERS[0] * x0, _MULTIPLIERS[1] * x2
-                x0, x1 = (second >> _WORD) ^ x1 ^ k0, second & _MASK
-                x2, x3 = (first >> _WORD) ^ x3 ^ k1, first & _MASK
-                k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-            words[direction, block, 0] = x0
-            words[direction, block, 1] = x1
-            words[direction, block, 2] = x2
-            words[direction, block, 3] = x3
-
-
 @cache
 def _compiled() -> Callable[[np.uint64, np.uint64, np.uint64, Words], None]:
-    """`_fill`, compiled. numba is imported here alone, because what needs no signs should start without it."""
+    """A loop over all blocks of (directions, blocks, 4) words: once compiled, a block stays in registers.
+
+    numba is imported here alone, because what needs no signs should start without it.
+    """
     from numba import njit
 
-    compiled: Callable[[np.uint64, np.uint64, np.uint64, Words], None] = njit(_fill)
+    block_of = njit(rounds)
+
+    def fill(key0: np.uint64, key1: np.uint64, stream: np.uint64, words: Words) -> None:
+        for direction in range(words.shape[0]):
+            for block in range(words.shape[1]):
+                low, high = np.uint64(block) & _MASK, np.uint64(block) >> _WORD
+                x0, x1, x2, x3 = block_of(low, high, np.uint64(direction), stream, key0, key1)
+                words[direction, block, 0] = x0
+                words[direction, block, 1] = x1
+                words[direction, block, 2] = x2
+                words[direction, block, 3] = x3
+
+    compiled: Callable[[np.uint64, np.uint64, np.uint64, Words], None] = njit(fill)
     return compiled
