@@ -24,8 +24,7 @@ def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: i
     count = len(lengths)
     if count == 0:
         return []
-    epoch_steps = -(-count // local.batch_size)
-    steps = local.steps or ceil(epoch_steps * (local.epochs or 1.0))
+    epoch_steps, steps = -(-count // local.batch_size), steps_of(count, local)
     batches: list[Indices] = []
     for epoch in range(-(-steps // epoch_steps)):
         random = generator(derive(seed, "batches", round_, node, epoch))
@@ -34,6 +33,11 @@ def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: i
         start = generator(derive(seed, "quantiles", round_, epoch)).random()
         batches += [by_length[i] for i in _quantile_order(epoch_steps, start)]
     return batches[:steps]
+
+
+def steps_of(count: int, local: Local) -> int:
+    """How many steps a node with so many examples takes in a round."""
+    return local.steps or ceil(-(-count // local.batch_size) * (local.epochs or 1.0))
 
 
 def _quantile_order(count: int, start: float) -> Indices:

@@ -8,19 +8,23 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..kernels.cohort import Forward, fastest
 from ..protocols.codecs import CODECS, codec_of
-from ..protocols.errors import DataError
+from ..protocols.errors import DataError, PrivacyError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import rank_of, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
-from ..protocols.update import Assignment, Description, Update
+from ..protocols.update import Assignment, Description, Kind, Update
+from .accounts import Accounts
 from .adapted import AdaptedModel
 from .batches import plan_batches
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
+from .private import PrivateTrainer, private_trainer
 from .replicas import Replica, Replicas
 from .tasks import Examples, Indices
 from .trainer import Losses, Member, Trainer
@@ -47,6 +51,15 @@ class _Started:
     replica: Replica | None = None
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of one assignment: the change to send (fp32 over `shared.sent`; None: nothing), losses, or a refusal."""
+
+    change: Flat | None = None
+    losses: Losses | None = None
+    refusal: str = ""
+
+
 class Client:
     """Trains assignments. The adapter that is in `adapted` when the client is made is the start of the run."""
 
@@ -58,7 +71,14 @@ class Client:
         self.trained = adapted.layout.select(self.recipe.trains)
         self.feedback = self._feedback()
         self.replicas = Replicas(self.shared) if self.recipe.streams else None
+        self.accounts = Accounts()
         self._forward: Forward | None = None
+
+    def keeping(self, accounts: Accounts) -> "Client":
+        """This client, its nodes charged in other accounts."""
+        other = copy.copy(self)
+        other.accounts = accounts
+        return other
 
     def at(self, sites: Sites) -> "Client":
         """This client, its model and the start of its run, over other data."""
@@ -73,6 +93,7 @@ class Client:
         other.shared = replace(self.shared, settings=spec.recipe)
         other.feedback = other._feedback()
         other.replicas = Replicas(other.shared) if other.recipe.streams else None
+        other.accounts = Accounts()
         return other
 
     def nodes(self) -> list[int]:
@@ -145,23 +166,35 @@ class Client:
 
     def _train(self, cohort: Sequence[_Started]) -> list[Update]:
         """Assignments of one round whose untrained tensors are in the model."""
-        plans = [self._member(started) for started in cohort]
-        busy = [(started, plan) for started, plan in zip(cohort, plans, strict=True) if plan.batches]
-        changes = iter(self._changes(busy) if busy else ())
-        return [
-            self._update(started, *(next(changes) if plan.batches else (None, None)))
-            for started, plan in zip(cohort, plans, strict=True)
-        ]
+        busy = [(started, plan) for started in cohort if (plan := self._member(started)).batches]
+        outcomes = self._outcomes(busy) if busy else {}
+        return [self._update(started, outcomes.get(started.asked, _Outcome())) for started in cohort]
 
-    def _changes(self, busy: Sequence[tuple[_Started, Member]]) -> list[tuple[Flat | None, Losses]]:
-        """What each node is to send (fp32 over `shared.sent`; None: nothing in this round), and its losses."""
+    def _outcomes(self, busy: Sequence[tuple[_Started, Member]]) -> dict[Assignment, _Outcome]:
+        """What came of the nodes with data, by assignment."""
         round_ = busy[0][0].asked.round
         trainer = self._trainer(busy[0][1], self.spec.local.in_round(round_, self.spec.run.rounds), round_)
+        outcomes = self._refusals(trainer, busy)
+        busy = [(started, plan) for started, plan in busy if started.asked not in outcomes]
         if self.replicas is not None:
             visits = [(started.asked, started.replica, plan) for started, plan in busy if started.replica]
-            return self.replicas.train(trainer, self.sites.examples, visits)
-        results = trainer.train(self.sites.examples, [plan for _, plan in busy])
-        return [(trained.change, trained.losses) for trained in results]
+            results = self.replicas.train(trainer, self.sites.examples, visits)
+        else:
+            trained = trainer.train(self.sites.examples, [plan for _, plan in busy])
+            results = [(own.change, own.losses) for own in trained]
+        return outcomes | {started.asked: _Outcome(*result) for (started, _), result in zip(busy, results, strict=True)}
+
+    def _refusals(self, trainer: Trainer, busy: Sequence[tuple[_Started, Member]]) -> dict[Assignment, _Outcome]:
+        """The nodes that would pass their cap; the others are charged, before anything is computed from their data."""
+        outcomes: dict[Assignment, _Outcome] = {}
+        if not isinstance(trainer, PrivateTrainer):
+            return outcomes
+        for started, plan in busy:
+            try:
+                self.accounts.charge(started.asked, trainer.event(plan), self.spec.privacy)
+            except PrivacyError as error:
+                outcomes[started.asked] = _Outcome(refusal=str(error))
+        return outcomes
 
     def _member(self, started: _Started) -> Member:
         asked = started.asked
@@ -169,6 +202,8 @@ class Client:
         key = (self.spec.run.seed, asked.round, asked.node)
         batches = plan_batches(self.sites.examples.lengths[own], self.spec.local, *key)
         start = self.adapted.layout.cut(started.adapter, self.shared.trained(asked.round))
+        if self.spec.privacy.unit == "example":  # a private trainer draws each step's batch from all of them
+            batches = [np.arange(len(own))] * len(batches)
         return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]), start)
 
     def _feedback(self) -> Feedback | None:
@@ -189,23 +224,39 @@ class Client:
             inputs = self.adapted.batch(self.sites.examples, [rows, rows]).inputs
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
-        return Trainer(self.adapted, self._forward, self.shared.trained(round_), local)
+        trained = self.shared.trained(round_)
+        if self.spec.privacy.unit == "example":
+            return private_trainer(self.adapted, self._forward, trained, local, self.spec)
+        return Trainer(self.adapted, self._forward, trained, local)
 
-    def _update(self, started: _Started, change: Flat | None, losses: Losses | None) -> Update:
+    def _update(self, started: _Started, outcome: _Outcome) -> Update:
         asked = started.asked
-        payload = b"" if change is None else self._encoded(started, change)
-        metrics = {} if losses is None else {"loss": float(losses.mean()), "steps": float(len(losses))}
+        kind: Kind = "empty" if outcome.change is None else "delta"
         return Update(
             run=asked.run,
             round=asked.round,
             attempt=asked.attempt,
             node=asked.node,
             version=asked.version,
-            kind="empty" if change is None else "delta",
-            weight=float(len(self.sites.indices[asked.node])),
-            payload=payload,
-            metrics=metrics,
+            kind="refused" if outcome.refusal else kind,
+            weight=self._weight(asked.node),
+            payload=b"" if outcome.change is None else self._encoded(started, outcome.change),
+            metrics=self._metrics(asked, outcome),
+            reason=outcome.refusal,
         )
+
+    def _weight(self, node: int) -> float:
+        """How many examples the node holds; that is not told where one example more must not be seen."""
+        return 1.0 if self.spec.privacy.unit == "example" else float(len(self.sites.indices[node]))
+
+    def _metrics(self, asked: Assignment, outcome: _Outcome) -> dict[str, float]:
+        metrics = {}
+        if outcome.losses is not None and len(outcome.losses):
+            metrics = {"loss": float(outcome.losses.mean()), "steps": float(len(outcome.losses))}
+        if self.spec.privacy.unit == "example" and self.spec.run.is_evaluated(asked.round):
+            account = self.accounts.spent(asked, self.spec.privacy.delta)
+            metrics |= {"epsilon": account.epsilon, "private": float(account.private)}
+        return metrics
 
     def _encoded(self, started: _Started, change: Flat) -> bytes:
         asked, codec = started.asked, codec_of(self.spec.wire)

@@ -136,7 +136,11 @@ class PrefixStates:
     def __init__(self) -> None:
         self._searched = False
         self._blocks: FrozenBlocks | None = None
-        self._pools: WeakKeyDictionary[Examples, _Pool | None] = WeakKeyDictionary()
+        self._pools: WeakKeyDictionary[Examples, dict[int, _Pool | None]] = WeakKeyDictionary()
+
+    def share(self, other: "PrefixStates") -> None:
+        """Use, and add to, the states that another model has computed: one with the same base and the same task."""
+        self._pools = other._pools
 
     def fill(self, model: nn.Module, task: Task, examples: Examples, indices: Indices) -> None:
         """Compute what is not there yet of `indices`."""
@@ -161,7 +165,7 @@ class PrefixStates:
 
         `members[m]` are the indices of member m's rows, filled before; `shape` is (rows, length) of each member.
         """
-        pool = self._pools.get(examples)
+        pool = None if self._blocks is None else self._pools.get(examples, {}).get(len(self._blocks.blocks))
         if pool is None:
             return None
         rows, length = shape
@@ -175,12 +179,18 @@ class PrefixStates:
 
     def _pool(self, model: nn.Module, task: Task, examples: Examples) -> _Pool | None:
         """Where the states of a set of examples go; None where they are not kept."""
-        if examples not in self._pools and examples.inputs and examples.inputs[0].ndim == 1:
-            probe = _on(model, task.collate(examples, [np.arange(min(2, len(examples)))]).inputs)
-            if not self._searched:
-                self._blocks, self._searched = frozen_blocks(model, probe), True
-            self._pools[examples] = None if self._blocks is None else _room(examples, self._blocks.states(probe))
-        return self._pools.get(examples)
+        if not examples.inputs or examples.inputs[0].ndim != 1:
+            return None
+        probe = [np.arange(min(2, len(examples)))]
+        if not self._searched:
+            self._searched = True
+            self._blocks = frozen_blocks(model, _on(model, task.collate(examples, probe).inputs))
+        if self._blocks is None:
+            return None
+        pools, depth = self._pools.setdefault(examples, {}), len(self._blocks.blocks)
+        if depth not in pools:
+            pools[depth] = _room(examples, self._blocks.states(_on(model, task.collate(examples, probe).inputs)))
+        return pools[depth]
 
 
 def _room(examples: Examples, like: Tensor) -> _Pool | None:

@@ -36,9 +36,13 @@ adapters = typer.Typer(
 app.add_typer(adapters, name="adapter")
 runs = typer.Typer(no_args_is_help=True, help="Look at runs that have been made.")
 app.add_typer(runs, name="runs")
+ledgers = typer.Typer(no_args_is_help=True, help="What a run's releases, or a site's, have spent of its privacy.")
+app.add_typer(ledgers, name="ledger")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's spec (TOML); `fedapt init` writes one.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key; repeatable.")]
+LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a site's ledger file.")]
+Delta = Annotated[float, typer.Option(help="At which ε is stated; below 1 / the number of those who are protected.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else.")]
 
 
@@ -173,6 +177,23 @@ def sweep(
     _emit({"points": rows}, as_json, sweep_table(rows))
 
 
+@app.command(epilog="Example: fedapt audit spec.toml --set privacy.noise_multiplier=1.0")
+def audit(
+    spec: SpecPath,
+    settings: Settings = None,
+    trials: Annotated[int, typer.Option(min=1000, help="Canaries to guess: more see a smaller fault.")] = 200_000,
+    as_json: Json = False,
+) -> None:
+    """Attack a spec's client-level mechanism through the code that a run uses. Exit code 1 if its claim is refuted."""
+    from .auditing import audit as make_audit
+    from .protocols.spec import RunSpec
+
+    found = make_audit(RunSpec.load(spec, settings or ()), trials)
+    _emit(found.as_dict(), as_json, found.text())
+    if not found.sound:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: fedapt recipes fedsvd")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this one alone.")] = None, as_json: Json = False
@@ -260,6 +281,36 @@ def runs_compare(
     found = compare(folders)
     write_text(out, found.html())
     _emit(found.as_dict() | {"page": str(out)}, as_json, f"{found.text()}\n{out} written.")
+
+
+@ledgers.command("show", epilog="Example: fedapt ledger show runs/first --delta 1e-6")
+def ledger_show(
+    path: LedgerPath,
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Only the rows of this run.")] = None,
+    delta: Delta = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """The rows of a ledger, equal ones as one, and the ε that follows from them, crosschecked by other accountants."""
+    from .ledgers import show
+
+    shown = show(path, run, delta)
+    _emit(shown.as_dict(), as_json, shown.text())
+
+
+@ledgers.command("verify", epilog="Example: fedapt ledger verify runs/first")
+def ledger_verify(
+    path: LedgerPath,
+    noted: Annotated[str | None, typer.Option(metavar="HASH", help="A hash that the ledger had, noted before.")] = None,
+    delta: Delta = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """Recompute a ledger's chain of hashes and its ε. Exit code 1, and the first bad row, if it is not as written."""
+    from .ledgers import verify
+
+    verified = verify(path, delta, noted)
+    _emit(verified.as_dict(), as_json, verified.text())
+    if not verified.sound:
+        raise typer.Exit(1)
 
 
 def _watching(as_json: bool) -> Any:

@@ -12,7 +12,7 @@ import tomli_w
 from .protocols.errors import DataError, OutputError
 from .protocols.spec import RunSpec
 
-SPEC, METRICS = "spec.toml", "metrics.jsonl"
+SPEC, METRICS, STORE = "spec.toml", "metrics.jsonl", "run.sqlite"
 
 
 def spec_toml(spec: RunSpec) -> str:
@@ -75,7 +75,12 @@ class RunFolder:
     @property
     def store(self) -> Path:
         """The SQLite store that a run interrupted at any point resumes from."""
-        return self.path / "run.sqlite"
+        return self.path / STORE
+
+    @property
+    def sites(self) -> Path:
+        """The ledgers that the simulated nodes keep, where privacy is of their examples."""
+        return self.path / "sites"
 
     @property
     def adapter(self) -> Path:

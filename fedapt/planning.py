@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: bytes, parameters, memory. The bytes are those the run will count, exactly."""
+"""What a run will cost, before it runs: bytes, parameters, memory, ε. The bytes are those the run will count, exactly."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from .client.adapted import AdaptedModel
 from .client.models import load_model
 from .client.sources import load_tables
 from .client.trainer import COHORT_TOKENS
+from .forecast import Forecast, forecast
 from .protocols.codecs import CODECS, codec_of
 from .protocols.legality import rank_of, recipe_of
 from .protocols.shared import SharedAdapter
@@ -42,7 +43,7 @@ class Plan:
     memory_weights: int
     memory_adapters: int
     memory_activations: int
-    privacy: str = "none: no formal guarantee"
+    privacy: Forecast
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +52,8 @@ class Plan:
 def plan(spec: RunSpec) -> Plan:
     """The plan of a spec. Loads model and data, trains nothing. Raises what a run of it would raise."""
     recipe = recipe_of(spec)
-    clients, empty = _clients(spec)
+    sizes = _sizes(spec)
+    clients = [number for number, size in enumerate(sizes) if size > 0]
     adapted = load_model(spec)
     shared = SharedAdapter(recipe, spec.recipe, adapted.layout, adapted.read())
     drawn = cohort_size(len(clients), spec.participation)
@@ -64,7 +66,7 @@ def plan(spec: RunSpec) -> Plan:
         recipe=recipe.name,
         exact=recipe.exact,
         nodes=len(clients),
-        empty=empty,
+        empty=len(sizes) - len(clients),
         nodes_a_round=drawn,
         rounds=spec.run.rounds,
         trainable=own,
@@ -79,6 +81,7 @@ def plan(spec: RunSpec) -> Plan:
         memory_weights=weights,
         memory_adapters=_chunk(spec) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
         memory_activations=_activations(spec, adapted),
+        privacy=forecast(spec, [size for size in sizes if size > 0], sent),
     )
 
 
@@ -93,14 +96,12 @@ def _traffic(spec: RunSpec, shared: SharedAdapter, clients: Sequence[int]) -> tu
     )
 
 
-def _clients(spec: RunSpec) -> tuple[list[int], int]:
-    """The numbers of the clients with data, and how many have none. Without data, one client."""
+def _sizes(spec: RunSpec) -> list[int]:
+    """How many rows each client has. Without data, one client with one."""
     if spec.data is None:
-        return [0], 0
+        return [1]
     tables = load_tables(spec.data, spec.model, spec.run.seed)
-    rows = partition(tables.train, spec.data.partition, spec.run.seed).rows
-    busy = [number for number, own in enumerate(rows) if len(own) > 0]
-    return busy, len(rows) - len(busy)
+    return [len(own) for own in partition(tables.train, spec.data.partition, spec.run.seed).rows]
 
 
 def _chunk(spec: RunSpec) -> int:

@@ -42,7 +42,7 @@ def plan_text(plan: "Plan") -> str:
         ),
         ("up", f"{plan.up_per_node:,} bytes a node and round, {size(plan.up_total)} {total} ({plan.up_total:,})"),
         ("memory", _memory(plan)),
-        ("privacy", plan.privacy),
+        ("privacy", plan.privacy.text()),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 

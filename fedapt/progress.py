@@ -118,4 +118,6 @@ def summary(row: Mapping[str, Any]) -> str:
     """A round in a few words: training loss, then what the evaluation says."""
     parts = [f"train loss {row['train_loss']:.3f}"] if "train_loss" in row else []
     parts += [f"{name} {value:.4g}" for name, value in row.get("evaluation", {}).items()]
+    if "epsilon" in row:
+        parts.append(f"ε {row['epsilon']:.3g}" + ("" if row["private"] else " (NOT private)"))
     return " · ".join(parts)

@@ -237,6 +237,7 @@ def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
         *([own] if metric is not _LOSS else []),
         ("Aggregation error", ("aggregation_error",), lambda v: measured(v, 2)),
         ("Effective rank", ("effective_rank",), lambda v: measured(v, 3)),
+        ("ε spent", ("epsilon",), lambda v: measured(v, 3)),
         ("Down", ("bytes_down",), size),
         ("Up", ("bytes_up",), size),
         ("Time", ("seconds",), duration),

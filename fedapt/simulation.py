@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .client.accounts import Accounts
 from .client.evaluation import score
 from .outputs import RunFolder, spec_toml
 from .progress import Silent, Watch
+from .promise import Promise, promise
 from .protocols.keys import derive, generator
 from .protocols.layout import Flat
 from .protocols.legality import recipe_of
@@ -56,6 +58,11 @@ class Result:
         return self.outcome.rows
 
     @property
+    def privacy(self) -> Promise:
+        """What is promised of all that the run has released."""
+        return promise(self.spec, self.outcome.rows)
+
+    @property
     def best_round(self) -> int | None:
         return best_round(self.outcome.rows)
 
@@ -66,7 +73,7 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter as a folder that `peft.PeftModel.from_pretrained` loads."""
-        save_adapter(Path(folder), self.outcome.description, self.outcome.adapter)
+        save_adapter(Path(folder), self.outcome.description, self.outcome.adapter, self.privacy.as_dict())
         return Path(folder)
 
     def report(self, path: str | Path = "report.html") -> Path:
@@ -86,6 +93,8 @@ def run(spec: RunSpec, out: Path | None = None, watch: Watch | None = None) -> R
     watch.say("loading model and data …")
     federation = build(spec)
     watch.say(_greeting(spec, federation))
+    if folder is not None:
+        federation = federation.keeping(Accounts(folder.sites))
     store = SqliteStore(folder.store) if folder else MemoryStore()
     outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder)
     result = Result(spec, outcome, federation)
@@ -168,7 +177,7 @@ def _report(result: Result) -> Report:
         "Trainable": _trainable(federation),
         "Local training": f"{spec.local.optimizer}, rate {spec.local.learning_rate:g}, batch {spec.local.batch_size}",
         "Codec": f"{spec.wire.downlink} down, {spec.wire.codec} up",
-        "Privacy": "no formal guarantee",
+        "Privacy": result.privacy.text(),
         "Seed": str(spec.run.seed),
     }
     start = result.outcome.description.start
@@ -177,7 +186,8 @@ def _report(result: Result) -> Report:
         curves=[Curve(spec.recipe.name, result.metrics), *result.curves],
         spec=spec_toml(spec),
         facts=facts,
-        clients=client_scores(federation, start, result.outcome.adapter),
+        # Scores on clients' own data are of what a unit of privacy hides.
+        clients=client_scores(federation, start, result.outcome.adapter) if spec.privacy.unit == "none" else [],
         best_round=result.best_round,
         note="" if result.outcome.complete else "The run was interrupted; this is what it had reached.",
     )

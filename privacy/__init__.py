@@ -1,1 +1,1 @@
-"""Privacy: no mechanism is offered in this version, so every run is labelled "no formal guarantee"."""
+"""Privacy: events that state a release, accountants that read them, noise, clipping, sampling, mechanisms, the ledger."""

@@ -6,6 +6,7 @@ FedaptError              what went wrong, where, and the way out; the command li
 ├── ModelError           a base model or adapter folder that cannot be loaded
 ├── OutputError          an output folder that cannot be written
 ├── PayloadError         bytes that are not what their codec and layout promise
+├── PrivacyError         a privacy statement that is impossible, cannot be accounted, or would pass its cap
 └── RunError             a run that cannot go on: nobody answered, or nothing was trained
 """
 
@@ -32,6 +33,10 @@ class OutputError(FedaptError):
 
 class PayloadError(FedaptError):
     """Received bytes do not fit their codec and layout."""
+
+
+class PrivacyError(FedaptError):
+    """A privacy statement cannot be made or kept; the message names the value, the limit and the way out."""
 
 
 class RunError(FedaptError):

@@ -26,6 +26,7 @@ def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
         *_of_the_aggregator(spec, recipe),
         *_of_the_wire(spec, recipe),
         *_of_fragments(spec, recipe),
+        *_of_privacy(spec, recipe),
         *_of_unused_keys(spec, recipe),
     ]
 
@@ -57,11 +58,6 @@ def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
         problems.append(
             f"recipe.learning_rate = {spec.recipe.learning_rate} is illegal with {recipe.name}: a part of a step "
             "between two factorizations means nothing. Nearest legal: 1.0."
-        )
-    if spec.privacy.unit not in recipe.units:
-        problems.append(
-            f'privacy.unit = "{spec.privacy.unit}" is not offered by {recipe.name} in this version. '
-            f'Nearest legal: "{recipe.units[0]}" (no formal guarantee).'
         )
     return problems
 
@@ -178,6 +174,48 @@ def _of_fragments(spec: RunSpec, recipe: Recipe) -> list[str]:
         problems.append(
             f"recipe.delay = {settings.delay} is not below local.steps = {steps}: a fragment would never arrive. "
             f"Nearest legal: {steps - 1}."
+        )
+    return problems
+
+
+def _of_privacy(spec: RunSpec, recipe: Recipe) -> list[str]:
+    unit = spec.privacy.unit
+    if unit not in recipe.units:
+        why = "the aggregate is no linear sum of what nodes send, so noise on a sum does not cover it"
+        if recipe.streams or recipe.alternates:
+            why = "it is not proven for it here"
+        nearest = f'recipe.name = "fedsvd", or "{recipe.units[0]}" (no formal guarantee)'
+        return [f'privacy.unit = "{unit}" is illegal with {recipe.name}: {why}. Nearest legal: {nearest}.']
+    problems = []
+    if unit != "none" and spec.recipe.aggregator != "mean":
+        problems.append(
+            f'recipe.aggregator = "{spec.recipe.aggregator}" is illegal with privacy.unit = "{unit}": clipping and '
+            'noise are of a plain sum. Nearest legal: "mean".'
+        )
+    if unit != "none" and spec.recipe.weighting != "uniform":
+        why = "a node would weigh what it says" if unit == "client" else "a number of examples tells of one more"
+        problems.append(
+            f'recipe.weighting = "{spec.recipe.weighting}" is illegal with privacy.unit = "{unit}": {why}. '
+            'Nearest legal: "uniform".'
+        )
+    if unit == "client" and spec.participation.sampling == "poisson" and spec.participation.minimum > 0:
+        problems.append(
+            f"participation.minimum = {spec.participation.minimum} is illegal with Poisson sampling and "
+            'privacy.unit = "client": a draw that is filled up is no Poisson draw. Nearest legal: 0.'
+        )
+    if unit == "client" and spec.adapter.ranks:
+        problems.append(
+            f'adapter.ranks = {list(spec.adapter.ranks)} is illegal with privacy.unit = "client" in this version. '
+            "Nearest legal: one rank."
+        )
+    if unit == "example" and spec.adapter.dropout > 0:
+        problems.append(
+            f'adapter.dropout = {spec.adapter.dropout} is illegal with privacy.unit = "example": its masks are keyed by '
+            "batch, not by example. Nearest legal: 0."
+        )
+    if unit != "client" and (spec.privacy.clipping != "fixed" or spec.privacy.population is not None):
+        problems.append(
+            'privacy.clipping = "adaptive" and privacy.population are of unit = "client". Nearest legal: remove them.'
         )
     return problems
 

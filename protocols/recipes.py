@@ -123,6 +123,7 @@ RECIPES: dict[str, Recipe] = {
             mixes_ranks=True,
             initial_a=("orthonormal",),
             server_optimizers=("sgd", "nesterov", "novograd"),
+            units=("none", "example", "client"),
         ),
         Recipe(
             name="ffa",
@@ -130,6 +131,7 @@ RECIPES: dict[str, Recipe] = {
             paper="FFA-LoRA, arXiv 2403.12313",
             trains=B_ONLY,
             initial_a=("kaiming", "orthonormal"),
+            units=("none", "example", "client"),
         ),
         Recipe(
             name="refresh",
@@ -139,6 +141,7 @@ RECIPES: dict[str, Recipe] = {
             refreshes=True,
             period=10,
             initial_a=("orthonormal",),
+            units=("none", "example", "client"),
         ),
         Recipe(
             name="rolora",
@@ -220,6 +223,7 @@ RECIPES: dict[str, Recipe] = {
             trains=BOTH,
             residual="lost",
             exact=False,
+            units=("none", "example", "client"),
         ),
     )
 }

@@ -7,7 +7,7 @@ A payload travels as ONE uint8 array over the layout's flat index: each further 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
@@ -16,7 +16,10 @@ from .codecs import CODECS
 from .errors import PayloadError, SpecError
 from .layout import AdapterLayout
 from .spec import RunSpec
-from .update import Assignment, Description, Update
+from .update import Assignment, Description, Kind, Update
+
+LONGEST_REASON = 1000
+"""Characters of a node's reason that are kept."""
 
 DESCRIBE = "query.describe"
 TRAIN = "train"
@@ -72,6 +75,7 @@ def update_to_records(update: Update) -> RecordDict:
         "version": update.version,
         "kind": update.kind,
         "weight": float(update.weight),
+        "reason": update.reason,
     }
     return RecordDict(
         {
@@ -88,7 +92,7 @@ def update_from_records(records: RecordDict) -> Update:
     kind = _field(config, "kind", str)
     weight = _field(config, "weight", float)
     metrics = records.get("metrics", MetricRecord())
-    if kind not in ("delta", "empty") or not math.isfinite(weight) or not isinstance(metrics, MetricRecord):
+    if kind not in get_args(Kind) or not math.isfinite(weight) or not isinstance(metrics, MetricRecord):
         raise PayloadError(f"not an update: kind {kind!r}, weight {weight!r}")
     return Update(
         run=_field(config, "run", str),
@@ -96,7 +100,7 @@ def update_from_records(records: RecordDict) -> Update:
         attempt=_field(config, "attempt", int),
         node=_field(config, "node", int),
         version=_field(config, "version", str),
-        kind="delta" if kind == "delta" else "empty",
+        kind=cast(Kind, kind),
         weight=weight,
         payload=_bytes(records),
         metrics={
@@ -104,6 +108,7 @@ def update_from_records(records: RecordDict) -> Update:
             for name, value in metrics.items()
             if isinstance(value, int | float) and math.isfinite(value)
         },
+        reason=_field(config, "reason", str)[:LONGEST_REASON],
     )
 
 

@@ -35,6 +35,10 @@ class Run(Section):
     evaluate_every: Positive = 1
     patience: Annotated[int, Field(ge=0)] = 0
 
+    def is_evaluated(self, round_: int) -> bool:
+        """Whether the adapter is looked at after a round, counted from 1."""
+        return round_ % self.evaluate_every == 0 or round_ == self.rounds
+
 
 class Model(Section):
     """The frozen base: a Hugging Face id, a local folder, or `builtin:byte-llama`."""
@@ -177,7 +181,33 @@ class Participation(Section):
 
 
 class Privacy(Section):
+    """Whose presence is hidden: nobody's, one example's (noise at the node) or one client's (noise at the server).
+
+    `epsilon` is a cap at `delta`: noise is solved for, and the run stops before the cap is passed. `noise_multiplier`
+    states the noise instead (standard deviation ÷ sensitivity). `clip` is the largest L2 norm of what one unit
+    contributes; `clipping = "adaptive"` lets it follow the median norm, from there on, at a price that is charged.
+    `population` is the number of clients that is taken to be public. `noise = "simulation"` is fast, repeatable, and
+    NOT private: ledger, report and adapter say so.
+    """
+
     unit: Literal["none", "example", "client"] = "none"
+    epsilon: PositiveFloat | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip: Annotated[float, Field(ge=2.0**-100, allow_inf_nan=False)] = 1.0
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    noise_multiplier: PositiveFloat | None = None
+    population: Positive | None = None
+    noise: Literal["secret", "simulation"] = "secret"
+
+    @model_validator(mode="after")
+    def _unit_has_a_price(self) -> Self:
+        if self.unit != "none" and self.epsilon is None:
+            raise ValueError(f'epsilon is missing: unit = "{self.unit}" needs the cap that a run may not pass')
+        fields = type(self).model_fields
+        given = {name for name in self.model_fields_set - {"unit"} if getattr(self, name) != fields[name].default}
+        if self.unit == "none" and given:
+            raise ValueError(f'{min(given)} has no meaning with unit = "none": remove it, or choose a unit')
+        return self
 
 
 class Wire(Section):

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from .layout import AdapterLayout, Flat
 
+Kind = Literal["delta", "empty", "refused"]
+
 
 @dataclass(frozen=True)
 class Description:
@@ -47,7 +49,7 @@ class Update:
     """What one node sends for one round.
 
     `kind` is `delta` (trained minus received tensors, over the recipe's trained layout) or `empty` (a node without
-    data). `weight` is the number of examples the node holds.
+    data, or with nothing to send) or `refused`, for the node's own `reason`. `weight` is the number of examples the node holds.
     """
 
     run: str
@@ -55,7 +57,8 @@ class Update:
     attempt: int
     node: int
     version: str
-    kind: Literal["delta", "empty"]
+    kind: Kind
     weight: float
     payload: bytes = field(repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""

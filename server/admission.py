@@ -36,6 +36,8 @@ def _unfit(update: Update, codec: Codec, trained: AdapterLayout) -> str | None:
     """Why the update's own content cannot be used."""
     if not (math.isfinite(update.weight) and 0 <= update.weight <= MAX_WEIGHT):
         return f"weight {update.weight} is not in 0 … {MAX_WEIGHT:g}"
+    if update.kind == "refused":
+        return f"the node refuses: {update.reason}"
     if update.kind == "empty":
         return "an empty update carries a payload" if update.payload else None
     if update.weight == 0:

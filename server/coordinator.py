@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..privacy.events import Event
 from ..protocols.codecs import CODECS, codec_of
 from ..protocols.errors import RunError, SpecError
 from ..protocols.layout import AdapterLayout, Flat
@@ -25,6 +26,7 @@ from .admission import refusal
 from .advance import advance
 from .grid import Failure, NodeGrid
 from .participation import draw
+from .private import CLIP, ClientLevel
 from .rounds import Contribution
 from .settling import effective_rank
 from .store import Row, Snapshot, Store
@@ -70,15 +72,17 @@ class Coordinator:
         self.description = self._begin()
         self.layout = self.description.layout
         self.shared = self._shared(self.description)
+        self.private = self._private()
 
     def rounds(self) -> Iterator[Row]:
         """Run what is left, yielding the row of each round when it is committed.
 
-        Ends after `run.rounds` rounds, or when `run.patience` evaluations have passed without progress.
+        Ends after `run.rounds` rounds, when `run.patience` evaluations have passed without progress, or when one more
+        round would pass `privacy.epsilon`.
         """
         while True:
             rows = self.store.rows(self.run)
-            if len(rows) > self.spec.run.rounds or self._out_of_patience(rows):
+            if len(rows) > self.spec.run.rounds or self._out_of_patience(rows) or self._spent():
                 return
             yield self._round(rows)
 
@@ -103,6 +107,8 @@ class Coordinator:
         description = self.grid.describe()
         state = self._shared(description).initial_state()
         row: Row = {"round": 0}
+        if self.spec.privacy.unit == "client":
+            row["population"] = self.spec.privacy.population or len(self.grid.nodes())
         if self.evaluate is not None:
             row["evaluation"] = dict(self.evaluate(description.start))
         self.store.create(self.run, self.spec.to_json(), description, Snapshot(0, state), row)
@@ -124,30 +130,66 @@ class Coordinator:
                 f"{self.spec.participation.deadline_seconds:g} s ({reasons[0] if reasons else 'no answer'}). "
                 "The round stays open: start the run again to go on with it."
             )
-        after, error = self._release(snapshot, round_, [u for u in updates if u.kind == "delta"])
+        after, error, events = self._release(snapshot, round_, [u for u in updates if u.kind == "delta"])
         adapter = self.shared.whole(after.state, round_ + 1)
-        row = {
-            "round": round_,
-            **_describe(updates),
-            "refused": len(self.store.refusals(self.run, round_)),
-            "failed": len(failures),
-            "aggregation_error": error,
-            "effective_rank": effective_rank(self.layout, adapter),
-            "bytes_down": sum(len(a.payload) for a in assignments.values()),
-            "bytes_up": sum(len(u.payload) for u in updates),
-        }
-        if self.evaluate is not None and self._is_evaluated(round_):
-            row["evaluation"] = dict(self.evaluate(adapter))
+        row: Row = {"round": round_}
+        if self.private is None:
+            row |= {
+                **_describe(updates),
+                "refused": len(self.store.refusals(self.run, round_)),
+                "failed": len(failures),
+                "aggregation_error": error,
+                "bytes_down": sum(len(a.payload) for a in assignments.values()),
+                "bytes_up": sum(len(u.payload) for u in updates),
+            }
+        else:  # who answered, and how its training went, is what must stay hidden
+            row |= self._expected_bytes(round_)
+        row["effective_rank"] = effective_rank(self.layout, adapter)
+        if self.spec.run.is_evaluated(round_):
+            row |= self._epsilon(events)
+            if self.evaluate is not None:
+                row["evaluation"] = dict(self.evaluate(adapter))
         row["seconds"] = round(time.monotonic() - started, 4)
         best = best_round([*rows, row])
-        self.store.commit(self.run, after, row, kept=[] if best is None else [best])
+        self.store.commit(self.run, after, row, kept=[] if best is None else [best], events=events)
         return row
+
+    def _private(self) -> ClientLevel | None:
+        """Client-level privacy, over the number of clients that was public when the run began."""
+        if self.spec.privacy.unit != "client":
+            return None
+        return ClientLevel(self.spec, self.store.rows(self.run)[0]["population"], self.shared.sent(1).size)
+
+    def _spent(self) -> bool:
+        """Whether one more round would pass the cap."""
+        if self.private is None or self.private.allows(self.store.ledger(self.run)):
+            return False
+        logger.warning("one more round would pass privacy.epsilon = %g: the run ends here", self.spec.privacy.epsilon)
+        return True
+
+    def _epsilon(self, events: Sequence[Event]) -> Row:
+        """What the run has spent with `events`; nothing where nothing is charged here."""
+        if self.private is None:
+            return {}
+        account = self.store.ledger(self.run).after(events).spent(self.spec.privacy.delta)
+        return {"epsilon": account.epsilon, "private": account.private}
+
+    def _expected_bytes(self, round_: int) -> Row:
+        """Bytes of as many nodes as a round expects, a number that says nothing of who came."""
+        assert self.private is not None
+        nodes = self.private.mechanism.expected
+        down, up = self.down.size(self.shared.delivered(round_)), self.up.size(self.shared.sent(round_))
+        return {"bytes_down": round(nodes * down), "bytes_up": round(nodes * up)}
 
     def _open(self, round_: int) -> tuple[int, ...]:
         nodes = self.grid.nodes()
         if not nodes:
             raise RunError("no node can train: none has connected, or none has an example")
-        return self.store.open_round(self.run, round_, draw(nodes, self.spec.participation, self.spec.run.seed, round_))
+        if self.private is None:
+            drawn = draw(nodes, self.spec.participation, self.spec.run.seed, round_)
+        else:
+            drawn = self.private.draw(nodes, round_)
+        return self.store.open_round(self.run, round_, drawn)
 
     def _assign(self, round_: int, state: Flat) -> dict[int, Assignment]:
         """The round's assignments by node: nodes of a smaller rank get the leading components alone."""
@@ -196,14 +238,19 @@ class Coordinator:
             self.progress(Progress(round_, len(answered), len(assignments)))
         return failures
 
-    def _release(self, before: Snapshot, round_: int, updates: Sequence[Update]) -> tuple[Snapshot, float]:
-        """The state after the round, and the aggregation error."""
+    def _release(
+        self, before: Snapshot, round_: int, updates: Sequence[Update]
+    ) -> tuple[Snapshot, float, Sequence[Event]]:
+        """The state after the round, the aggregation error, and what the round is charged with."""
         received = self._as_received(round_, before.state)
+        buffers, events = dict(before.buffers), []
         contributions = self._contributions(updates, self.shared.sent(round_))
-        state, buffers, error = advance(
-            self.shared, before.state, received, before.buffers, contributions, number=round_
-        )
-        return Snapshot(round_, state, buffers), error
+        if self.private is not None:
+            mean, buffers, event = self.private.release([c.change for c in contributions], buffers, round_)
+            contributions, events = [Contribution(1.0, mean)], [event]
+        kept = {CLIP: buffers.pop(CLIP)} if CLIP in buffers else {}
+        state, buffers, error = advance(self.shared, before.state, received, buffers, contributions, number=round_)
+        return Snapshot(round_, state, buffers | kept), error, events
 
     def _contributions(self, updates: Sequence[Update], trained: AdapterLayout) -> list[Contribution]:
         if not updates:
@@ -217,9 +264,6 @@ class Coordinator:
             change = trained.pad(self.up.decode(update.payload, own), own)
             contributions.append(Contribution(float(weight), change, rank_of(self.spec, update.node)))
         return contributions
-
-    def _is_evaluated(self, round_: int) -> bool:
-        return round_ % self.spec.run.evaluate_every == 0 or round_ == self.spec.run.rounds
 
     def _out_of_patience(self, rows: Sequence[Row]) -> bool:
         best, patience = best_round(rows), self.spec.run.patience
@@ -248,6 +292,9 @@ def _describe(updates: Sequence[Update]) -> Row:
         "nodes": sum(update.kind == "delta" for update in updates),
         "empty": sum(update.kind == "empty" for update in updates),
     }
+    spent = [update.metrics["epsilon"] for update in updates if "epsilon" in update.metrics]
+    if spent:  # at the nodes: each example is in one of them, so the promise is that of the node with the largest
+        row |= {"epsilon": max(spent), "private": all(update.metrics.get("private") == 1.0 for update in updates)}
     if losses:
         low, high = np.percentile(losses, [10, 90])
         row |= {"train_loss": float(np.mean(losses)), "train_loss_p10": float(low), "train_loss_p90": float(high)}

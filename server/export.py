@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from ..protocols.errors import OutputError
 from ..protocols.layout import AdapterLayout, Flat, Pair
 from ..protocols.update import Description
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PRIVACY = "adapter_config.json", "adapter_model.safetensors", "privacy.json"
 
 
-def save_adapter(folder: Path, description: Description, adapter: Flat) -> None:
+def save_adapter(
+    folder: Path, description: Description, adapter: Flat, privacy: Mapping[str, Any] | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the folder appears whole or not at all.
+
+    `privacy` is what is promised of the adapter, or said not to be: it goes beside it as privacy.json.
 
     `adapter` is fp32 over `description.layout`; frozen factors join the trained ones, which raises the rank. An older
     adapter gives way to it. Raises OutputError where the folder cannot be written, or holds something else.
@@ -35,6 +40,8 @@ def save_adapter(folder: Path, description: Description, adapter: Flat) -> None:
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps(config, indent=2, sort_keys=True)
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+            if privacy is not None:
+                (new / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, Path(scratch, "old"))
             os.replace(new, folder)

@@ -1,10 +1,12 @@
 """Where a run lives: everything that a restarted coordinator needs, and nothing that it could compute.
 
 Two stores behind one protocol: memory, and one SQLite file (WAL, synchronous=FULL) through SQLAlchemy. A round is
-released in one transaction: the new snapshot, the row of metrics, and the deletion of the raw contributions.
+released in one transaction: the new snapshot, the row of metrics, the rows of the privacy ledger, and the deletion of
+the raw contributions. So no release is without its charge, and no charge without its release.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from sqlalchemy import (
-    URL,
-    BigInteger,
-    Dialect,
-    Engine,
-    ForeignKey,
-    TypeDecorator,
-    create_engine,
-    delete,
-    event,
-    select,
-    update,
-)
+from sqlalchemy import BigInteger, Dialect, Engine, ForeignKey, TypeDecorator, delete, select, update
 from sqlalchemy.exc import DatabaseError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from ..privacy.chain import Chain, Charge, Entry, Head, append, chained, charged, decimal, opened
+from ..privacy.events import Event
+from ..privacy.ledger import Ledger
 from ..protocols.errors import OutputError
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.update import Description, Update
@@ -84,11 +77,22 @@ class Store(Protocol):
     def refusals(self, run: str, round_: int) -> list[tuple[int, str]]:
         """(node, reason) of a round, in the order of arrival."""
 
-    def commit(self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int]) -> None:
-        """Release a round. Snapshots of rounds other than this one and `kept` are dropped, as are contributions."""
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
+        """Release a round and charge it with `events`, both or neither.
+
+        Snapshots of rounds other than this one and `kept` are dropped, as are the round's contributions.
+        """
 
     def rows(self, run: str) -> list[Row]:
         """The rows of all committed rounds, round 0 first."""
+
+    def ledger(self, run: str, node: int | None = None) -> Ledger:
+        """What the run's releases have been charged with, or those that are about one node's data alone."""
+
+    def chain(self) -> Chain:
+        """The ledger's rows, of all runs."""
 
 
 class MemoryStore:
@@ -101,6 +105,7 @@ class MemoryStore:
         self._cohorts: dict[tuple[str, int], tuple[int, ...]] = {}
         self._updates: dict[tuple[str, int], dict[int, Update]] = {}
         self._refusals: dict[tuple[str, int], list[tuple[int, str]]] = {}
+        self._ledger: list[Entry] = []
 
     def create(self, run: str, spec: str, description: Description, snapshot: Snapshot, row: Row) -> None:
         if run in self._runs:
@@ -134,7 +139,10 @@ class MemoryStore:
     def refusals(self, run: str, round_: int) -> list[tuple[int, str]]:
         return list(self._refusals.get((run, round_), []))
 
-    def commit(self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int]) -> None:
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
+        self._ledger += chained(self._head(), run, snapshot.round, events)
         self._snapshots[run, snapshot.round] = snapshot
         self._rows[run].append(row)
         self._updates.pop((run, snapshot.round), None)
@@ -144,6 +152,15 @@ class MemoryStore:
 
     def rows(self, run: str) -> list[Row]:
         return list(self._rows[run])
+
+    def ledger(self, run: str, node: int | None = None) -> Ledger:
+        return Ledger(Counter(e.event for e in self._ledger if (e.run, e.node) == (run, decimal(node))))
+
+    def chain(self) -> Chain:
+        return Chain(list(self._ledger), self._head())
+
+    def _head(self) -> Head:
+        return Head(count=len(self._ledger), hash=self._ledger[-1].hash) if self._ledger else Head()
 
 
 class _NodeId(TypeDecorator[int]):
@@ -205,16 +222,13 @@ class _Refusal(_Base):
 class SqliteStore:
     """One file that survives `kill -9` at any line. Safe to open again after a crash.
 
-    Raises OutputError where the file cannot be written or is no store.
+    Raises OutputError where the file cannot be written or is no store, PrivacyError where its ledger's chain is broken.
     """
 
     def __init__(self, path: Path) -> None:
-        self.engine: Engine = create_engine(URL.create("sqlite", database=str(path)))
-        event.listen(self.engine, "connect", _durable)
         try:
-            _Base.metadata.create_all(self.engine)
+            self.engine: Engine = opened(path, _Base.metadata)
         except DatabaseError as error:
-            self.close()
             raise OutputError(f"{path}: cannot be used as a run's store ({error.orig}); choose another --out") from None
 
     def close(self) -> None:
@@ -291,9 +305,12 @@ class SqliteStore:
         with Session(self.engine) as session:
             return [(r.node, r.reason) for r in session.scalars(query)]
 
-    def commit(self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int]) -> None:
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
         others = _Round.number.not_in([snapshot.round, *kept])
         with Session(self.engine) as session, session.begin():
+            append(session, run, snapshot.round, events)
             released = session.get_one(_Round, (run, snapshot.round))
             released.row, released.snapshot = json.dumps(row), snapshot.to_bytes()
             session.execute(update(_Round).where(_Round.run == run, others).values(snapshot=None))
@@ -306,12 +323,13 @@ class SqliteStore:
         with Session(self.engine) as session:
             return [json.loads(row or "{}") for row in session.scalars(query)]
 
+    def ledger(self, run: str, node: int | None = None) -> Ledger:
+        with Session(self.engine) as session:
+            return Ledger(charged(session, Entry.run == run, Entry.node == decimal(node)))
 
-def _durable(connection: Any, _record: Any) -> None:
-    """A commit is on disk when it returns, and readers do not block it."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
+    def chain(self) -> Chain:
+        with Session(self.engine) as session:
+            return Chain.of(session)
 
 
 def _fields(update: Update) -> str:

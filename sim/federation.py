@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..client.accounts import Accounts
 from ..client.adapted import AdaptedModel
 from ..client.client import Client, Sites
 from ..client.evaluation import score
@@ -37,8 +38,18 @@ class Federation:
         return len(self.names) - len(self.client.nodes())
 
     def under(self, spec: RunSpec) -> "Federation":
-        """The same data under another spec (of the same base and task): the model is loaded anew."""
-        return replace(self, client=Client(spec, load_model(spec), self.client.sites))
+        """The same data under another spec (of the same base and task): the model is loaded anew.
+
+        What the frozen blocks gave for an example stays known, if the base is the same to the bit.
+        """
+        adapted = load_model(spec)
+        if spec.model == self.client.spec.model:
+            adapted.prefix.share(self.adapted.prefix)
+        return replace(self, client=Client(spec, adapted, self.client.sites))
+
+    def keeping(self, accounts: Accounts) -> "Federation":
+        """The same federation, its nodes charged in these accounts."""
+        return replace(self, client=self.client.keeping(accounts))
 
     def evaluate(self, adapter: Flat) -> dict[str, float]:
         """The metrics of an adapter (fp32, the whole layout) on the evaluation data; leaves it in the model."""

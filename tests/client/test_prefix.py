@@ -198,3 +198,15 @@ def test_a_model_that_reads_an_early_block_is_run_whole() -> None:
     found = FrozenBlocks(model, list(model.blocks)[:2])  # what would have come of it
     wrong = model(x=x, **{PREFIX: found.states({"x": x})}).logits
     assert not torch.allclose(wrong, model(x=x).logits)
+
+
+def test_models_of_one_base_share_their_states() -> None:
+    """What another model has computed serves, where as many blocks are frozen; where not, it does not."""
+    first, alike, other = bert([2]), bert([2], use_rslora=True), bert([1, 2])
+    examples = examples_of(first)
+    score(first, examples)
+    for adapted in (alike, other):
+        expected = score(copy.deepcopy(adapted), examples).loss
+        adapted.prefix.share(first.prefix)
+        assert PREFIX in adapted.batch(examples, [np.arange(3)]).inputs
+        np.testing.assert_allclose(score(adapted, examples).loss, expected, rtol=1e-5)

@@ -29,6 +29,9 @@ COMMANDS = [
     ["adapter", "merge"],
     ["runs"],
     ["runs", "compare"],
+    ["ledger"],
+    ["ledger", "show"],
+    ["ledger", "verify"],
 ]
 
 
@@ -41,7 +44,7 @@ def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, *command, "--help")
     assert code == 0
-    assert command in ([], ["adapter"], ["runs"]) or "Example:" in out
+    assert command in ([], ["adapter"], ["runs"], ["ledger"]) or "Example:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -115,7 +118,7 @@ def test_a_sweep_is_one_table_and_is_not_run_twice(
         (["run.rounds=0"], "greater than or equal to 1"),
         (["recipe.name=fedsdv"], 'did you mean "fedsvd"?'),
         (["recipe.optimizer=adam"], 'Nearest legal: "novograd"'),
-        (["privacy.unit=client"], "not offered"),
+        (["privacy.unit=client"], "epsilon is missing"),
         (["data.source=missing.jsonl"], "missing.jsonl"),
         (["model.base=./nowhere"], "no such folder"),
         (["model.base=org/model"], "name its folder here"),

@@ -35,7 +35,6 @@ ILLEGAL = [
         for optimizer in ("nesterov", "novograd", "adam")
     ),
     *((name, "recipe.learning_rate", "0.5", "recipe.learning_rate=1.0") for name in REPLACED),
-    *((name, "privacy.unit", unit, "privacy.unit=none") for name in RECIPES for unit in ("example", "client")),
     *(
         (name, "adapter.method", method, "recipe.name=fedit")
         for name in RECIPES
@@ -82,7 +81,6 @@ CHOICES = {
     "recipe.initial_a": ["kaiming", "orthonormal", "eva"],
     "adapter.public": ["public.jsonl"],
     "recipe.learning_rate": ["0.5", "1.0"],
-    "privacy.unit": ["none", "example", "client"],
     "adapter.method": ["lora", "dora", "ia3", "bottleneck", "head"],
     "adapter.ranks": ["[]", "[4, 8]"],
     "adapter.start": ["warm"],
@@ -136,8 +134,20 @@ def test_the_illegal_table_is_whole(recipe: Recipe) -> None:
 
 
 def test_every_problem_is_named() -> None:
-    spec = spec_of("flexlora", "recipe.optimizer=adam", "recipe.learning_rate=0.5", "privacy.unit=client")
+    unit = ("privacy.epsilon=3", "privacy.unit=client")
+    spec = spec_of("flexlora", "recipe.optimizer=adam", "recipe.learning_rate=0.5", *unit)
     assert len(illegal(spec, RECIPES["flexlora"])) == 3
+
+
+@recipes
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_a_unit_is_for_recipes_whose_aggregate_is_a_linear_sum(recipe: Recipe, unit: str) -> None:
+    given = (f"privacy.unit={unit}", "privacy.epsilon=3", "recipe.weighting=uniform")
+    problems = illegal(spec_of(recipe.name, *given), recipe)
+    assert (problems == []) == (unit in recipe.units)
+    if problems:
+        assert f'privacy.unit = "{unit}" is illegal with {recipe.name}' in problems[0]
+        assert recipe_of(spec_of(recipe.name, *given, "recipe.name=fedsvd")).name == "fedsvd"
 
 
 @pytest.mark.parametrize(

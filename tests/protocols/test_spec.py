@@ -61,7 +61,14 @@ minimum = 2
 deadline_seconds = 600
 
 [privacy]
-unit = "none"
+unit = "client"
+epsilon = 6.0
+delta = 1e-6
+clip = 0.5
+clipping = "adaptive"
+noise_multiplier = 1.5
+population = 1000
+noise = "simulation"
 
 [wire]
 codec = "int8"

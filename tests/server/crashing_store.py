@@ -1,16 +1,79 @@
-"""A process to be killed: for each path on stdin it forks a child that commits rounds to that store without end.
+"""A process to be killed: for each line on stdin it forks a child that commits rounds to a store without end.
 
-It says `pid N`, the child says `N` after each commit, and `dead` comes when the child is gone.
+A line is `KIND POINT PATH`: a class below, the write of the child at which it kills itself (0: never), the store's
+file. The process says `pid N`, the child says `N` after each commit, and `dead` comes when the child is gone.
 """
 
 import os
+import signal
 import sys
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from sqlalchemy import Engine
+from sqlalchemy import event as sql_event
+from sqlalchemy.orm import Session
 
+from fedapt.privacy.chain import Charge, append
+from fedapt.privacy.events import Event, Everyone, GaussianEvent
 from fedapt.protocols.update import Update
-from fedapt.server.store import Snapshot, SqliteStore
+from fedapt.server.store import Row, Snapshot, SqliteStore
+
+EVENT = GaussianEvent(
+    unit="client", relation="add-remove", noise_std=2.0, sensitivity=0.5, secret=True, sampling=Everyone()
+)
+
+
+class ChargesAfter(SqliteStore):
+    """A mutant: the release is there first, and its charge is another transaction."""
+
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
+        super().commit(run, snapshot, row, kept)
+        charge(self, run, snapshot.round, events)
+
+
+class ChargesBefore(SqliteStore):
+    """A mutant: the charge is there first, and its release may never come."""
+
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
+        charge(self, run, snapshot.round, events)
+        super().commit(run, snapshot, row, kept)
+
+
+KINDS: dict[str, type[SqliteStore]] = {kind.__name__: kind for kind in (SqliteStore, ChargesAfter, ChargesBefore)}
+
+
+def charge(store: SqliteStore, run: str, round_: int, events: Sequence[Event | Charge]) -> None:
+    with Session(store.engine) as session, session.begin():
+        append(session, run, round_, events)
+
+
+def on_writes(hook: Callable[[], object]) -> list[tuple[str, Any]]:
+    """Call `hook` before each statement that writes and before each commit, in any engine; `forget` what comes back."""
+
+    def statement(_connection: Any, _cursor: Any, sql: str, *_rest: Any) -> None:
+        if not sql.startswith(("SELECT", "PRAGMA")):
+            hook()
+
+    def commit(_connection: Any) -> None:
+        hook()
+
+    hooks: list[tuple[str, Any]] = [("before_cursor_execute", statement), ("commit", commit)]
+    for name, function in hooks:
+        sql_event.listen(Engine, name, function)
+    return hooks
+
+
+def forget(hooks: Sequence[tuple[str, Any]]) -> None:
+    for name, function in hooks:
+        sql_event.remove(Engine, name, function)
 
 
 def best_of(number: int) -> int:
@@ -18,22 +81,36 @@ def best_of(number: int) -> int:
     return int(2 ** (number.bit_length() - 1))
 
 
-def commit_for_ever(path: Path) -> None:
-    store = SqliteStore(path)
+def commit_for_ever(kind: str, point: int, path: Path) -> None:
+    writes = count(1)
+
+    def crash() -> None:
+        if next(writes) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_writes(crash)
+    store = KINDS[kind](path)
     while True:
         number = len(store.rows("run"))
         cohort = store.open_round("run", number, [number, number + 1])
         for node in cohort:
             store.contribute("run", Update("run", number, 1, node, "v", "delta", 1.0, bytes(4096)))
         state = np.full(4096, number, np.float32)
-        store.commit("run", Snapshot(number, state, {"momentum": state}), {"round": number}, kept=[best_of(number)])
+        snapshot = Snapshot(number, state, {"momentum": state})
+        store.commit("run", snapshot, {"round": number}, kept=[best_of(number)], events=[EVENT])
         os.write(1, f"{number}\n".encode())
 
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        commit_for_ever(Path(line.strip()))
-    os.write(1, f"pid {child}\n".encode())
-    os.waitpid(child, 0)
-    os.write(1, b"dead\n")
+def main() -> None:
+    for line in sys.stdin:
+        kind, point, path = line.rstrip("\n").split(" ", 2)
+        child = os.fork()
+        if child == 0:
+            commit_for_ever(kind, int(point), Path(path))
+        os.write(1, f"pid {child}\n".encode())
+        os.waitpid(child, 0)
+        os.write(1, b"dead\n")
+
+
+if __name__ == "__main__":
+    main()

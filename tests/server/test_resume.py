@@ -1,17 +1,21 @@
 """Killed at any line, a run goes on as if nothing had been."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from fedapt.privacy.chain import Charge
+from fedapt.privacy.events import Event
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Update
 from fedapt.server.coordinator import Coordinator
 from fedapt.server.grid import Failure
-from fedapt.server.store import MemoryStore, SqliteStore, Store
+from fedapt.server.store import MemoryStore, Row, Snapshot, SqliteStore, Store
 
+from .crashing_store import EVENT, KINDS, forget, on_writes
 from .fakes import NODES, Answer, FakeGrid, ends, plain, run, spec_of
 
 
@@ -148,6 +152,94 @@ def test_a_crash_never_redraws(store: Store) -> None:
     fresh = FakeGrid(spec, there=range(100, 200))
     run(fresh)
     assert [assignment.node for assignment in fresh.sent] != cohort
+
+
+class Redraws(MemoryStore):
+    """A mutant: what was drawn before the crash is forgotten."""
+
+    def open_round(self, run: str, round_: int, cohort: Sequence[int]) -> tuple[int, ...]:
+        self._cohorts.pop((run, round_), None)
+        return super().open_round(run, round_, cohort)
+
+
+def redrawn(fresh: Callable[[], Store]) -> list[int]:
+    """The calls at which a crash had a round's assignments go to another cohort, where other nodes are there after."""
+    spec = spec_of("participation.sampling=fixed", "participation.rate=0.5", "run.rounds=2")
+    found = []
+    for at in count(1):
+        store, trap = fresh(), Trap(at)
+        first, second = FakeGrid(spec), FakeGrid(spec, there=range(100, 104))
+        try:
+            list(Coordinator(spec, trap.guard(first), trap.guard(store)).rounds())
+        except Crash:
+            list(Coordinator(spec, second, store).rounds())
+        for round_ in (1, 2):
+            asked = {
+                assignment.node for grid in (first, second) for assignment in grid.sent if assignment.round == round_
+            }
+            if len(asked) != 2:
+                found.append(at)
+        if not second.sent:
+            return found
+    raise AssertionError
+
+
+def test_no_crash_redraws() -> None:
+    assert redrawn(MemoryStore) == []
+    assert redrawn(Redraws) != []
+
+
+class Charging:
+    """A store that has each release charged with one event more, as under a privacy mechanism."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def commit(
+        self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
+    ) -> None:
+        self._store.commit(run, snapshot, row, kept, events=[*events, EVENT])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_write_each_release_has_its_charge(tmp_path: Path, kind: str) -> None:
+    """The mutants, whose charge is a transaction of its own, are caught at some of the same crashes."""
+    spec, caught, died = spec_of("run.rounds=2"), False, True
+    for at in count(1):
+        path, writes = tmp_path / f"{at}.sqlite", count(1)
+
+        def crash(writes: Iterator[int] = writes, at: int = at) -> None:
+            if next(writes) == at:
+                raise Crash
+
+        store = KINDS[kind](path)
+        hooks = on_writes(crash)
+        try:
+            run(FakeGrid(spec, broken_less), cast(Store, Charging(store)))
+            died = False
+        except Crash:
+            pass
+        finally:
+            forget(hooks)
+            store.close()
+        again = KINDS[kind](path)
+        caught = parted(again, spec.run.name)
+        run(FakeGrid(spec, broken_less), cast(Store, Charging(again)))
+        caught |= parted(again, spec.run.name)
+        again.close()
+        if caught or not died:
+            break
+    assert caught == (kind != "SqliteStore")
+    assert caught or at > 20
+
+
+def parted(store: SqliteStore, name: str) -> bool:
+    """Whether a round was released without its charge, or charged without its release, or twice."""
+    released = [row["round"] for row in store.rows(name)[1:]] if store.find(name) else []
+    return [entry.round for entry in store.chain().entries] != released
 
 
 def test_who_has_answered_is_not_asked_again(store: Store) -> None:

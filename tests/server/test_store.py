@@ -6,19 +6,26 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 import pytest
 from sqlalchemy import text
 
-from fedapt.protocols.errors import OutputError
+from fedapt.privacy.chain import Charge
+from fedapt.privacy.events import Event, to_json
+from fedapt.privacy.ledger import Ledger
+from fedapt.protocols.errors import OutputError, PrivacyError
 from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
 from fedapt.protocols.update import Description, Update
 from fedapt.server.store import MemoryStore, Snapshot, SqliteStore, Store
+
+from .crashing_store import EVENT
 
 LAYOUT = AdapterLayout([TensorSpec("q.lora_A.weight", (2, 3), "A"), TensorSpec("q.lora_B.weight", (4, 2), "B")])
 DESCRIPTION = Description(LAYOUT, np.linspace(0, 5, 14, dtype=np.float32), {"r": 2, "name": "ü"}, "digest")
@@ -34,9 +41,15 @@ def begin(store: Store, run: str = "run") -> None:
     store.create(run, '{"spec": 1}', DESCRIPTION, Snapshot(0, state(0)), {"round": 0})
 
 
-def commit(store: Store, round_: int, kept: tuple[int, ...] = (), run: str = "run") -> None:
+def commit(
+    store: Store,
+    round_: int,
+    kept: tuple[int, ...] = (),
+    run: str = "run",
+    events: Sequence[Event | Charge] = (),
+) -> None:
     store.open_round(run, round_, [1])
-    store.commit(run, Snapshot(round_, state(round_)), {"round": round_, "loss": round_ / 3}, kept)
+    store.commit(run, Snapshot(round_, state(round_)), {"round": round_, "loss": round_ / 3}, kept, events=events)
 
 
 class StoreSuite(ABC):
@@ -154,6 +167,43 @@ class StoreSuite(ABC):
         with pytest.raises(KeyError):
             store.snapshot("run", 0)
 
+    def test_a_release_is_charged_with_its_events(self, store: Store) -> None:
+        begin(store)
+        commit(store, 1)
+        assert store.chain().entries == []
+        commit(store, 2, events=[EVENT, EVENT])
+        commit(store, 3, events=[EVENT])
+        chain = store.chain()
+        assert chain.verify() is None
+        assert [(e.sequence, e.run, e.round, e.node) for e in chain.entries] == [
+            (1, "run", 2, None),
+            (2, "run", 2, None),
+            (3, "run", 3, None),
+        ]
+        assert {entry.event for entry in chain.entries} == {to_json(EVENT)}
+        thrice = replace(EVENT, count=3)
+        assert store.ledger("run").spent(1e-5).epsilon == Ledger({to_json(thrice): 1}).spent(1e-5).epsilon > 0
+
+    def test_accounts_of_runs_and_nodes_do_not_mix(self, store: Store) -> None:
+        begin(store)
+        begin(store, "other")
+        commit(store, 1, events=[EVENT, Charge(EVENT, LARGEST_NODE)])
+        commit(store, 1, run="other", events=[EVENT] * 3)
+        commit(store, 2, events=[Charge(EVENT, 3), Charge(EVENT, LARGEST_NODE)])
+        rows = {
+            (run, node): sum(store.ledger(run, node)._releases.values())
+            for run in ("run", "other", "none")
+            for node in (None, 3, LARGEST_NODE)
+        }
+        assert {key: number for key, number in rows.items() if number} == {
+            ("run", None): 1,
+            ("run", 3): 1,
+            ("run", LARGEST_NODE): 2,
+            ("other", None): 3,
+        }
+        assert store.chain().verify() is None
+        assert len(store.chain().entries) == 7
+
 
 class TestMemoryStore(StoreSuite):
     @pytest.fixture
@@ -182,10 +232,10 @@ class Reopened:
         self._path = path
 
     def __getattr__(self, name: str) -> object:
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **options: object) -> object:
             store = SqliteStore(self._path)
             try:
-                return getattr(store, name)(*arguments)
+                return getattr(store, name)(*arguments, **options)
             finally:
                 store.close()
 
@@ -193,7 +243,7 @@ class Reopened:
 
 
 def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """Snapshot, row and deletion are one transaction: the last of them fails here."""
+    """Charge, snapshot, row and deletion are one transaction: the last of them fails here."""
     store = SqliteStore(tmp_path / "run.sqlite")
     begin(store)
     store.open_round("run", 1, [5])
@@ -202,16 +252,31 @@ def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with store.engine.begin() as connection:
         connection.execute(text(trigger))
     with pytest.raises(Exception, match="full"):
-        commit(store, 1)
+        commit(store, 1, events=[EVENT])
     assert store.rows("run") == [{"round": 0}]
     assert store.snapshot("run").round == 0
+    assert store.chain().entries == []
+    assert store.chain().verify() is None
     assert store.contributions("run", 1) == [FIRST]
     with store.engine.begin() as connection:
         connection.execute(text("DROP TRIGGER t"))
-    commit(store, 1)
+    commit(store, 1, events=[EVENT])
     assert store.snapshot("run").round == 1
     assert store.contributions("run", 1) == []
+    assert [entry.round for entry in store.chain().entries] == [1]
     store.close()
+
+
+def test_a_store_with_a_broken_ledger_is_not_opened(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "run.sqlite")
+    begin(store)
+    commit(store, 1, events=[EVENT, EVENT])
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP TRIGGER ledger_refuses_delete"))
+        connection.execute(text("DELETE FROM ledger WHERE sequence = 2"))
+    store.close()
+    with pytest.raises(PrivacyError, match="the ledger's row 2 is not as it was written: the head counts 2"):
+        SqliteStore(tmp_path / "run.sqlite")
 
 
 def test_commits_are_durable_and_do_not_block_readers(tmp_path: Path) -> None:
@@ -259,36 +324,94 @@ def check_after_kill(path: Path, said: int) -> None:
             assert (tensor == snapshot.round).all()
     assert all(store.contributions("run", number) == [] for number in range(last + 1))
     assert {update.node for update in store.contributions("run", last + 1)} <= {last + 1, last + 2}
+    charged = [entry.round for entry in store.chain().entries]
     store.close()
+    released = list(range(1, last + 1))
+    assert set(released) <= set(charged), f"released, and not charged: {released}, {charged}"
+    assert charged == released, f"charged, and not released: {charged}, {released}"
 
 
-def test_killed_in_the_middle_of_commits(tmp_path: Path) -> None:
-    path = tmp_path / "run.sqlite"
-    store = SqliteStore(path)
-    begin(store)
-    store.close()
-    chance, said = random.Random(0), 0
+class Nursery:
+    """A process that forks children for us to kill; see `crashing_store`."""
+
+    def __init__(self, to: IO[str], of: IO[str]) -> None:
+        self._to, self._of = to, of
+
+    def child(self, path: Path, kind: str = "SqliteStore", point: int = 0) -> int:
+        print(kind, point, path, file=self._to, flush=True)
+        return int(self._of.readline().split()[1])
+
+    def next_commit(self) -> int:
+        return int(self._of.readline())
+
+    def last_commit(self, said: int) -> int:
+        """The last round that the child reported before it died; `said`, if none since."""
+        while (line := self._of.readline()) != "dead\n":
+            said = int(line)
+        return said
+
+
+@contextmanager
+def nursery() -> Iterator[Nursery]:
     command = [sys.executable, str(Path(__file__).with_name("crashing_store.py"))]
     environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as nursery:
-        assert nursery.stdin is not None
-        assert nursery.stdout is not None
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield Nursery(process.stdin, process.stdout)
+        finally:
+            process.stdin.close()
+    assert process.returncode == 0
+
+
+def begun(path: Path) -> Path:
+    store = SqliteStore(path)
+    begin(store)
+    store.close()
+    return path
+
+
+def test_killed_in_the_middle_of_commits(tmp_path: Path) -> None:
+    path, chance, said = begun(tmp_path / "run.sqlite"), random.Random(0), 0
+    with nursery() as children:
         for _ in range(20):
-            print(path, file=nursery.stdin, flush=True)
-            child = int(nursery.stdout.readline().split()[1])
+            child = children.child(path)
             for _ in range(chance.randint(0, 4)):
-                said = int(nursery.stdout.readline())
+                said = children.next_commit()
             time.sleep(chance.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
-            while (line := nursery.stdout.readline()) != "dead\n":
-                said = int(line)
-            check_after_kill(path, said)
+            check_after_kill(path, children.last_commit(said))
             said = len_rows(path)
-        nursery.stdin.close()
-    assert nursery.returncode == 0
     assert said >= 20
+
+
+def kill_at_each_write(folder: Path, kind: str) -> int:
+    """Kill a child at its first write, another one at its second, …, until one lives for two rounds: how many died."""
+    with nursery() as children:
+        for point in count(1):
+            path = begun(folder / str(point))
+            children.child(path, kind, point)
+            said = children.last_commit(0)
+            check_after_kill(path, said)
+            if said == 2:
+                return point
+    raise AssertionError
+
+
+def test_killed_at_each_write(tmp_path: Path) -> None:
+    assert kill_at_each_write(tmp_path, "SqliteStore") > 20
+
+
+@pytest.mark.parametrize(
+    ("mutant", "fault"),
+    [("ChargesAfter", "released, and not charged"), ("ChargesBefore", "charged, and not released")],
+)
+def test_what_parts_charge_and_release_is_caught(tmp_path: Path, mutant: str, fault: str) -> None:
+    with pytest.raises(AssertionError, match=fault):
+        kill_at_each_write(tmp_path, mutant)
 
 
 def len_rows(path: Path) -> int:

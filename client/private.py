@@ -1,0 +1,150 @@
+"""Example-level private training (DP-SGD): a Trainer whose steps are noised, with the same seam.
+
+The gradient of each drawn example is one member of a cohort: a stack of K copies of the same values, over one example
+each. What bounds, sums, noises and divides the gradients is `privacy/example_level.py`; SGD and AdamW then step on a
+noised gradient, which is post-processing (Abadi et al., arXiv 1607.00133, algorithm 1).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..kernels.cohort import Forward, Looped, Stack
+from ..privacy.events import GaussianEvent
+from ..privacy.example_level import ExampleLevel, example_level_of
+from ..privacy.noise import Floats, Values
+from ..privacy.randomness import Randomness, SecretRandomness, SimulationRandomness
+from ..protocols.errors import PrivacyError
+from ..protocols.keys import derive
+from ..protocols.layout import AdapterLayout
+from ..protocols.spec import Local, RunSpec
+from .adapted import AdaptedModel
+from .hooked import Hooked
+from .tasks import Batch, Examples, Indices, member_losses
+from .trainer import COHORT_TOKENS, Member, Trained, Trainer, _optimizer
+
+LONGER = 1.4
+"""How much longer than the shortest an example may be that runs beside it: padding costs more than another forward."""
+
+CHUNK_BYTES = 2**26
+"""What the gradients of the examples that run together may take."""
+
+
+@dataclass(frozen=True)
+class PrivateTrainer(Trainer):
+    """Trains each member by DP-SGD, one after another.
+
+    Each entry of `Member.batches` stands for one step, and holds ALL of the node's examples: what a step trains on is
+    drawn from them. `mechanism` gives a member's clip, noise and draw, and `source` its random bits. `hooks` take the
+    place of `forward` where they are given (`client/hooked.py`). Adapter dropout is not applied.
+
+    The loss of an example is the mean over its own targets. No loss leaves: `Trained.losses` is empty, (0,).
+
+    Formal guarantees: a member's change has the privacy of `event(member)`, for gradients that depend on their own
+    example alone; the companions of its chunk move one by the rounding of the matmuls, about 1e-7 of it.
+    """
+
+    mechanism: Callable[[Member], ExampleLevel]
+    source: Callable[[Member], Randomness]
+    hooks: Hooked | None = None
+
+    def train(self, examples: Examples, cohort: Sequence[Member]) -> list[Trained]:
+        """One Trained a member, in the order given.
+
+        Raises PrivacyError for a member whose steps do not all draw from what its mechanism accounts for, or that comes
+        with moments of steps before.
+        """
+        return [self._alone(examples, member) for member in cohort]
+
+    def event(self, member: Member) -> GaussianEvent:
+        """What the training of a member costs: to be charged before it begins."""
+        return self.mechanism(member).event(len(member.batches), secret=self.source(member).secret)
+
+    def _alone(self, examples: Examples, member: Member) -> Trained:
+        mechanism, source = self.mechanism(member), self.source(member)
+        _check(member, mechanism)
+        drawn = [own[mechanism.draw(source)] for own in member.batches]
+        self.adapted.prepare(examples, np.unique(np.concatenate(drawn)))
+        start = self._start([member])
+        values = self._spread(start)
+        optimizer = _optimizer(list(values.values()), self.local)
+        for batch in drawn:
+            sums = (mechanism.bounded(rows) for rows in self.gradients(examples, values, batch))
+            self._give(values, mechanism.release(sums, source))
+            optimizer.step()
+        change = (self._gathered(values, 0) - start)[0].cpu().numpy()
+        return Trained(change, np.empty(0, np.float32))
+
+    def gradients(self, examples: Examples, values: Stack, batch: Indices) -> Iterator[Floats]:
+        """Per-example gradients of `batch`, by increasing length, some rows at a time, each (K, trained.size).
+
+        `values` is what is trained, as a stack of one.
+        """
+        for chunk in self._parts(examples, batch):
+            inputs = self.adapted.batch(examples, [chunk[i : i + 1] for i in range(len(chunk))])
+            each = self.hooks(values, inputs) if self.hooks else self._of_cohort(values, inputs)
+            yield self._gathered(each, 0).cpu().numpy()
+
+    def _of_cohort(self, values: Stack, batch: Batch) -> Stack:
+        """Each example is a member with the same values."""
+        count = len(batch.shapes)
+        stack = {name: one.detach().expand(count, *one.shape[1:]).requires_grad_() for name, one in values.items()}
+        losses = member_losses(self.adapted.task, self.forward(stack, batch.inputs), batch.labels, count)
+        gradients = torch.autograd.grad(losses.sum(), list(stack.values()), materialize_grads=True)
+        return dict(zip(stack, gradients, strict=True))
+
+    def _parts(self, examples: Examples, batch: Indices) -> Iterator[Indices]:
+        """The batch by increasing length, in parts of like length, within COHORT_TOKENS and CHUNK_BYTES, or of one."""
+        alone = isinstance(self.forward, Looped) and self.hooks is None
+        most = 1 if alone else CHUNK_BYTES // (4 * self.trained.size)
+        ordered = batch[np.argsort(examples.lengths[batch], kind="stable")]
+        lengths = examples.lengths[ordered]
+        first = 0
+        for i in range(1, len(ordered)):
+            fits = i - first < most and (i - first + 1) * lengths[i] <= COHORT_TOKENS
+            if not fits or lengths[i] > LONGER * lengths[first]:
+                yield ordered[first:i]
+                first = i
+        if len(ordered):
+            yield ordered[first:]
+
+    def _give(self, values: Stack, gradient: Values) -> None:
+        """Hand the optimizer a gradient over the trained layout."""
+        row = torch.from_numpy(gradient)[None].to(self.adapted.device)
+        for parameter, own in zip(values.values(), self._spread(row).values(), strict=True):
+            parameter.grad = own.detach()
+
+
+def _check(member: Member, mechanism: ExampleLevel) -> None:
+    sizes = {len(own) for own in member.batches}
+    if sizes - {mechanism.examples}:
+        raise PrivacyError(
+            f"a step would draw from {min(sizes)} to {max(sizes)} examples, and {mechanism.examples} are accounted for: "
+            "give all of the node's examples for each step"
+        )
+    if member.moments is not None:
+        raise PrivacyError(
+            "moments of earlier steps have no place in private training here: take a recipe that starts anew"
+        )
+
+
+def private_trainer(
+    adapted: AdaptedModel, forward: Forward, trained: AdapterLayout, local: Local, spec: RunSpec
+) -> PrivateTrainer:
+    """The trainer of a spec. Noise is solved for as if a node took part in every round: it can take part in no more.
+
+    Raises PrivacyError for a cap that no noise can meet.
+    """
+
+    def mechanism(member: Member) -> ExampleLevel:
+        steps = len(member.batches) * spec.run.rounds
+        return example_level_of(spec, len(member.batches[0]), trained.size, steps)
+
+    def source(member: Member) -> Randomness:
+        if spec.privacy.noise == "secret":
+            return SecretRandomness()
+        return SimulationRandomness(derive(member.dropout_key, "private"))
+
+    return PrivateTrainer(adapted, forward, trained, local, mechanism, source)

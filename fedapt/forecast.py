@@ -1,0 +1,80 @@
+"""What a run's privacy will be at its end, and whether its noise leaves anything to learn: before it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from .client.batches import steps_of
+from .privacy.accounting import spent
+from .privacy.events import Event
+from .privacy.example_level import example_level_of
+from .privacy.mechanism import mechanism_of
+from .protocols.spec import RunSpec
+
+DROWNS = 3.0
+"""Noise over clip from here on: such a run cannot learn."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """ε at the end under the sampling that the spec declares, of the node with the largest where nodes differ.
+
+    `noise_to_clip` is the norm of a step's noise over the largest norm of the mean that it is added to.
+    """
+
+    unit: str
+    epsilon: float | None = None
+    delta: float | None = None
+    method: str | None = None
+    noise_multiplier: float | None = None
+    noise_to_clip: float | None = None
+    secret: bool = True
+
+    def text(self) -> str:
+        if self.epsilon is None or self.noise_to_clip is None:
+            return "none: no formal guarantee"
+        line = (
+            f"{self.unit}-level, ε = {self.epsilon:.3g} at δ = {self.delta:g} in the end ({self.method}), "
+            f"noise multiplier {self.noise_multiplier:.3g}, noise ÷ clip {self.noise_to_clip:.2g}"
+        )
+        if not self.secret:
+            line = f"NOT private (simulation noise); with secret noise: {line}"
+        if self.noise_to_clip > DROWNS:
+            line += (
+                f". Above {DROWNS:g} such a run cannot learn: allow more ε, train fewer parameters, or take more nodes "
+                "(or larger batches)"
+            )
+        return line
+
+
+def forecast(spec: RunSpec, sizes: Sequence[int], dimensions: int) -> Forecast:
+    """`sizes` are the numbers of examples of the nodes that have any; `dimensions` is what a node sends.
+
+    Raises PrivacyError for a cap that no noise can meet.
+    """
+    privacy, rounds = spec.privacy, spec.run.rounds
+    secret = privacy.noise == "secret"
+    event: Event
+    match privacy.unit:
+        case "client":
+            population = privacy.population or len(sizes)
+            central = mechanism_of(spec, population, dimensions)
+            events = [central.event(secret=secret)] * rounds
+            noise = central.noise_std * sqrt(dimensions) / central.expected
+            multiplier = central.noise_multiplier
+        case "example":
+            smallest = min(sizes)  # has the largest share of its examples in a batch
+            steps = rounds * steps_of(smallest, spec.local)
+            local = example_level_of(spec, smallest, dimensions, steps)
+            event = local.event(steps, secret=secret)
+            events, noise, multiplier = (
+                [event],
+                local.noise_std * sqrt(dimensions) / local.expected,
+                local.noise_multiplier,
+            )
+        case _:
+            return Forecast("none")
+    account = spent(events, privacy.delta)
+    return Forecast(
+        privacy.unit, account.epsilon, privacy.delta, account.method, multiplier, noise / privacy.clip, secret
+    )

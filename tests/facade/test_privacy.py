@@ -1,0 +1,64 @@
+"""Privacy as a user meets it: the plan says what it will cost, report and folder say what was promised."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedapt.forecast import forecast
+from fedapt.promise import promise
+from fedapt.protocols.spec import RunSpec
+from fedapt.simulation import run
+
+CLIENT = (
+    "privacy.unit=client",
+    "privacy.epsilon=6",
+    "recipe.weighting=uniform",
+    "recipe.name=ffa",
+    "participation.sampling=all",
+)
+EXAMPLE = (*CLIENT[1:], "privacy.unit=example", "local.steps=2")
+
+
+def spec_of(path: Path, *overrides: str) -> RunSpec:
+    return RunSpec.load(path, [*overrides])
+
+
+@pytest.mark.parametrize("unit", [CLIENT, EXAMPLE], ids=["client", "example"])
+def test_the_plan_foretells_what_the_run_then_spends(tiny: Path, unit: tuple[str, ...]) -> None:
+    spec = spec_of(tiny, *unit, "privacy.noise=simulation", "data.partition={kind='iid',clients=2}")
+    result = run(spec)
+    sizes = [len(own) for own in result.federation.client.sites.indices.values()]
+    foretold = forecast(spec, sizes, result.federation.client.shared.sent(1).size)
+    assert foretold.epsilon is not None
+    assert result.privacy.epsilon is not None
+    assert foretold.epsilon <= 6
+    assert result.privacy.epsilon == pytest.approx(foretold.epsilon, rel=1e-3)
+    assert foretold.text().startswith("NOT private (simulation noise)")
+    assert result.privacy.text().startswith("NOT private (simulation noise)")
+
+
+def test_a_run_says_what_it_promises(tiny: Path, tmp_path: Path) -> None:
+    spec = spec_of(tiny, *CLIENT)
+    result = run(spec, tmp_path / "out")
+    assert "client-level, ε = " in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    told = json.loads((tmp_path / "out/adapter/privacy.json").read_text(encoding="utf-8"))
+    assert told == result.privacy.as_dict()
+    assert told["private"]
+    assert 0 < told["epsilon"] <= 6
+    assert promise(spec, result.metrics) == result.privacy
+
+
+def test_a_run_without_privacy_promises_nothing(tiny: Path, tmp_path: Path) -> None:
+    run(spec_of(tiny), tmp_path / "out")
+    assert "no formal guarantee" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    told = json.loads((tmp_path / "out/adapter/privacy.json").read_text(encoding="utf-8"))
+    assert told == {"unit": "none", "epsilon": None, "delta": None, "private": False}
+
+
+def test_the_plan_warns_of_noise_that_drowns() -> None:
+    raw = {"model": {"base": "m", "task": "causal-lm"}, "recipe": {"name": "ffa", "weighting": "uniform"}}
+    spec = RunSpec.check(raw).set("privacy.unit=client", "privacy.epsilon=1", "run.rounds=5")
+    assert "such a run cannot learn" in forecast(spec, [5] * 10, 100_000).text()
+    assert "cannot learn" not in forecast(spec, [5] * 10_000, 100).text()
+    assert forecast(RunSpec.check(raw), [5], 10).text() == "none: no formal guarantee"

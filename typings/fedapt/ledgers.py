@@ -1,0 +1,1 @@
+../../fedapt/ledgers.py
