@@ -1,0 +1,130 @@
+"""`fedapt audit`: a table and an exit code."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from fedapt.privacy import mechanism
+from fedapt.privacy.randomness import SimulationRandomness
+
+from .running import in_process
+
+SPEC = """
+[model]
+base = "nowhere"
+task = "causal-lm"
+[recipe]
+name = "fedsvd"
+weighting = "uniform"
+[participation]
+sampling = "poisson"
+rate = 0.1
+minimum = 0
+[privacy]
+unit = "client"
+epsilon = 8.0
+noise_multiplier = 2.0
+population = 100
+[wire]
+codec = "int8"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_stream_of_secrets() -> Iterator[None]:
+    """The operating system's octets from a key, for these tests alone: a false alarm would else come now and then."""
+    with patch("os.urandom", SimulationRandomness(1).octets):
+        yield
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.toml"
+    path.write_text(SPEC)
+    return path
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, "audit", "--help")
+    assert code == 0
+    assert "Example: fedapt audit" in out
+
+
+def test_a_sound_mechanism(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 4000)
+    assert code == 0
+    assert "fedsvd over int8, 100 clients, noise multiplier 2" in out
+    verdicts = {line.split("  ")[0]: line.split()[-1] for line in out.splitlines() if line.endswith(("holds", "made"))}
+    assert set(verdicts) == {"sensitivity", "μ", "one run", "noise", "sampling", "secrecy"}
+    assert set(verdicts.values()) == {"holds"}
+    assert "Nothing contradicts the claim, which is no proof of it." in out
+    assert "NOT private" not in out
+
+
+def test_for_machines(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    overrides = ("--set", "privacy.noise=simulation", "--set", "privacy.noise_multiplier=0.5")
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000, "--json", *overrides)
+    assert code == 0
+    document = json.loads(out)
+    assert document["sound"]
+    assert not document["private"]
+    rows = {row["name"]: row for row in document["findings"]}
+    assert rows["μ"]["claimed"] == 2
+    assert rows["one run"]["measured"] is None
+    assert rows["secrecy"]["measured"] == pytest.approx(1)
+
+
+def test_a_bug_is_told_and_exits_with_1(
+    capsys: pytest.CaptureFixture[str], spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mechanism, "clip", lambda change, bound: (change, False))
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000)
+    assert code == 1
+    assert "CONTRADICTED by sensitivity, μ" in out
+    assert "do not rely on the ε" in out
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000, "--json")
+    assert code == 1
+    assert not json.loads(out)["sound"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("minimum = 0", "minimum = 3"), "participation.minimum = 3 is illegal"),
+        (
+            ('unit = "client"\nepsilon = 8.0\nnoise_multiplier = 2.0\npopulation = 100', 'unit = "none"'),
+            "nothing is claimed",
+        ),
+        (('unit = "client"', 'unit = "example"'), "not for this one yet"),
+        (("population = 100", ""), "privacy.population: missing"),
+    ],
+)
+def test_what_cannot_be_audited(
+    capsys: pytest.CaptureFixture[str], spec: Path, change: tuple[str, str], message: str
+) -> None:
+    text = SPEC.replace(*change)
+    if "example" in text:
+        text = text.replace("population = 100", "").replace("minimum = 0", "")
+    spec.write_text(text)
+    code, _, errors = in_process(capsys, "audit", spec)
+    assert code == 2
+    assert message in errors
+
+
+def test_too_few_trials(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    code, _, errors = in_process(capsys, "audit", spec, "--trials", 999)
+    assert code == 2
+    assert "1000" in errors
+
+
+def test_the_population_of_a_simulation(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    data = '[data]\nsource = "x"\n[data.partition]\nclients = 60\n'
+    spec.write_text(SPEC.replace("population = 100", "") + data)
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000)
+    assert code == 0
+    assert "60 clients" in out
+    spec.write_text(spec.read_text() + 'kind = "natural"\ncolumn = "who"\n')
+    assert in_process(capsys, "audit", spec)[0] == 2
