@@ -21,8 +21,9 @@ help: ## Print this help
 demo: .venv/installed ## A real federated fine-tuning, offline, in about a minute
 	$(BIN)/fedapt demo --out demo
 
+# Two processes of one thread each: tests are many and small.
 test: check ## Lint, types and the test suite (some minutes)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 test-slow: .venv/installed-slow ## What takes longer: Flower's own simulation, wheels, kills
 	$(BIN)/pytest -q -m slow

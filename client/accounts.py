@@ -1,16 +1,17 @@
 """What the data of the nodes held here has been charged with: each node keeps an account of its own."""
 
+from math import isfinite
 from pathlib import Path
 
 from ..privacy.accounting import Account
 from ..privacy.events import Event
 from ..privacy.ledger import Ledger, SiteLedger
-from ..protocols.spec import Privacy
+from ..protocols.errors import PrivacyError
 from ..protocols.update import Assignment
 
 
 class Accounts:
-    """The nodes' ledgers: a file each in `folder`, or in memory where there is none.
+    """The nodes' ledgers: a file each in `folder`, or in memory where there is none. Both behave the same.
 
     A row is written before the training that it is charged for begins, so a training that is lost is charged, and one
     that is asked for again is charged again: never too little.
@@ -18,25 +19,39 @@ class Accounts:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._memory: dict[tuple[int, str], Ledger] = {}
+        self._memory: dict[tuple[int, str | None], Ledger] = {}  # without a run: all of a node's
         self._files: dict[int, SiteLedger] = {}
 
-    def charge(self, asked: Assignment, event: Event, cap: Privacy) -> None:
-        """Charge a node with a round's event. Raises PrivacyError, and charges nothing, where it would pass the cap."""
-        assert cap.epsilon is not None, "a spec with a unit has a cap"
-        if self.folder is not None:
-            file = self._file(asked.node)
-            file.charge(asked.run, asked.round, event, cap.delta, per_run=cap.epsilon, in_all=float("inf"))
-            return
-        before = self._memory.get((asked.node, asked.run), Ledger({}))
-        before.require(event, cap.epsilon, cap.delta)
-        self._memory[asked.node, asked.run] = before.after([event])
+    def charge(self, asked: Assignment, event: Event, delta: float, *, per_run: float, in_all: float) -> None:
+        """Charge a node with a round's event, under caps on ε at `delta` over the run and over all of its runs.
+
+        Raises PrivacyError, and charges nothing, where it would pass one.
+        """
+        try:
+            if self.folder is None:
+                self._remember(asked, event, delta, {asked.run: per_run, None: in_all})
+            else:
+                file = self._file(asked.node)
+                file.charge(asked.run, asked.round, event, delta, per_run=per_run, in_all=in_all)
+        except PrivacyError as error:
+            if not isfinite(in_all):
+                raise
+            raise PrivacyError(f"{error} (this site's caps: {per_run:g} a run, {in_all:g} over all runs)") from None
 
     def spent(self, asked: Assignment, delta: float) -> Account:
         """What the node has spent in the run."""
         if self.folder is not None:
             return self._file(asked.node).ledger(asked.run).spent(delta)
-        return self._memory.get((asked.node, asked.run), Ledger({})).spent(delta)
+        return self._remembered(asked.node, asked.run).spent(delta)
+
+    def _remember(self, asked: Assignment, event: Event, delta: float, caps: dict[str | None, float]) -> None:
+        before = {run: self._remembered(asked.node, run) for run in caps}
+        for run, ledger in before.items():
+            ledger.require(event, caps[run], delta)
+        self._memory |= {(asked.node, run): ledger.after([event]) for run, ledger in before.items()}
+
+    def _remembered(self, node: int, run: str | None) -> Ledger:
+        return self._memory.get((node, run), Ledger({}))
 
     def _file(self, node: int) -> SiteLedger:
         if node not in self._files:

@@ -11,19 +11,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..kernels.cohort import Forward, fastest
-from ..protocols.codecs import CODECS, codec_of
+from ..protocols.codecs import CODECS, uplink_of
 from ..protocols.errors import DataError, PrivacyError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import rank_of, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
-from ..protocols.update import Assignment, Description, Kind, Update
+from ..protocols.update import Assignment, Description, Update
 from .accounts import Accounts
 from .adapted import AdaptedModel
 from .batches import plan_batches
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
+from .information import FisherInformation, drawn
+from .policy import Policy
 from .private import PrivateTrainer, private_trainer
 from .replicas import Replica, Replicas
 from .tasks import Examples, Indices
@@ -72,12 +74,21 @@ class Client:
         self.feedback = self._feedback()
         self.replicas = Replicas(self.shared) if self.recipe.streams else None
         self.accounts = Accounts()
+        self.policy = Policy()
+        self.objections: list[str] = []
         self._forward: Forward | None = None
 
     def keeping(self, accounts: Accounts) -> "Client":
         """This client, its nodes charged in other accounts."""
         other = copy.copy(self)
         other.accounts = accounts
+        return other
+
+    def obeying(self, policy: Policy) -> "Client":
+        """This client, held to a site's policy, under any spec; `objections` are why it does not train this one."""
+        other = copy.copy(self)
+        other.policy = policy
+        other.objections = other._objections()
         return other
 
     def at(self, sites: Sites) -> "Client":
@@ -89,11 +100,13 @@ class Client:
     def under(self, spec: RunSpec) -> "Client":
         """This client and the start of its run, under another spec of the same recipe and model."""
         other = copy.copy(self)
-        other.spec = spec
+        other.spec, other.recipe = spec, recipe_of(spec)
         other.shared = replace(self.shared, settings=spec.recipe)
         other.feedback = other._feedback()
         other.replicas = Replicas(other.shared) if other.recipe.streams else None
-        other.accounts = Accounts()
+        other.objections = other._objections()
+        if not self.policy.bounds:  # else they stay: the site's cap is over all runs
+            other.accounts = Accounts()
         return other
 
     def nodes(self) -> list[int]:
@@ -112,8 +125,11 @@ class Client:
     def train(self, assignments: Sequence[Assignment]) -> list[Update]:
         """One Update an Assignment, in the order given. Those that differ in nothing but where they start train together.
 
+        Where the site's policy objects to the run, all are refused, and neither payload nor data is looked at.
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
+        if self.objections:
+            return [_refused(asked, " ".join(self.objections)) for asked in assignments]
         alike: dict[tuple[int, bytes], list[_Started]] = {}
         for started in self._started(assignments):
             alike.setdefault((started.asked.round, self._fixed(started)), []).append(started)
@@ -133,8 +149,24 @@ class Client:
         self.adapted.write(started.adapter)
 
     def evaluate(self, node: int) -> Scores:
-        """Scores of the adapter in the model on a node's own data. Raises DataError where it is not held here."""
+        """Scores of the adapter in the model on a node's own data.
+
+        Raises DataError where it is not held here, PrivacyError where the site's policy forbids it, and under a unit of
+        privacy: exact scores on private data are a release without noise.
+        """
+        if self.objections:
+            raise PrivacyError(" ".join(self.objections))
+        self.policy.require_evaluation()
+        if self.spec.privacy.unit != "none":
+            raise PrivacyError(
+                f'privacy.unit = "{self.spec.privacy.unit}": exact scores on a node\'s own data are a release without '
+                "noise. Evaluate on data that is public"
+            )
         return score(self.adapted, self.sites.examples, self._own(node))
+
+    def _objections(self) -> list[str]:
+        pinned = self.policy.base is not None  # hashing a large base takes a minute
+        return self.policy.problems(self.spec, self.adapted.base_digest() if pinned else None)
 
     def _started(self, assignments: Sequence[Assignment]) -> list[_Started]:
         """What each assignment's payload stands for; equal payloads are read once."""
@@ -185,13 +217,16 @@ class Client:
         return outcomes | {started.asked: _Outcome(*result) for (started, _), result in zip(busy, results, strict=True)}
 
     def _refusals(self, trainer: Trainer, busy: Sequence[tuple[_Started, Member]]) -> dict[Assignment, _Outcome]:
-        """The nodes that would pass their cap; the others are charged, before anything is computed from their data."""
+        """The nodes that would pass a cap; the others are charged, before anything is computed from their data."""
         outcomes: dict[Assignment, _Outcome] = {}
         if not isinstance(trainer, PrivateTrainer):
             return outcomes
+        delta = self.spec.privacy.delta
+        per_run, in_all = self.policy.caps(self.spec.privacy)
         for started, plan in busy:
             try:
-                self.accounts.charge(started.asked, trainer.event(plan), self.spec.privacy)
+                self.policy.require_noise(trainer.mechanism(plan).noise_multiplier)
+                self.accounts.charge(started.asked, trainer.event(plan), delta, per_run=per_run, in_all=in_all)
             except PrivacyError as error:
                 outcomes[started.asked] = _Outcome(refusal=str(error))
         return outcomes
@@ -231,18 +266,18 @@ class Client:
 
     def _update(self, started: _Started, outcome: _Outcome) -> Update:
         asked = started.asked
-        kind: Kind = "empty" if outcome.change is None else "delta"
+        if outcome.refusal:
+            return _refused(asked, outcome.refusal)
         return Update(
             run=asked.run,
             round=asked.round,
             attempt=asked.attempt,
             node=asked.node,
             version=asked.version,
-            kind="refused" if outcome.refusal else kind,
+            kind="empty" if outcome.change is None else "delta",
             weight=self._weight(asked.node),
             payload=b"" if outcome.change is None else self._encoded(started, outcome.change),
             metrics=self._metrics(asked, outcome),
-            reason=outcome.refusal,
         )
 
     def _weight(self, node: int) -> float:
@@ -259,10 +294,34 @@ class Client:
         return metrics
 
     def _encoded(self, started: _Started, change: Flat) -> bytes:
-        asked, codec = started.asked, codec_of(self.spec.wire)
+        asked, uplink = started.asked, uplink_of(self.spec)
         key = derive(self.spec.run.seed, "rounding", asked.round, asked.node)
         own = self.shared.sent(asked.round, rank_of(self.spec, asked.node))
+        information = self._information(started, change) if uplink.informed else None
         change = self.shared.sent(asked.round).cut(change, own)
         if self.feedback is None:
-            return codec.encode(change, own, key)
-        return self.feedback.encode(asked, change, started.rotations, codec, key)
+            return uplink.encode(change, information, own, key)
+        return self.feedback.encode(asked, change, started.rotations, uplink.codec, key)
+
+    def _information(self, started: _Started, change: Flat) -> Flat:
+        """How sure the node is of each value that it sends, where its training has come to."""
+        assert self._forward is not None, "it is chosen before anything is trained"
+        asked, trained = started.asked, self.shared.trained(started.asked.round)
+        measure = FisherInformation(self.adapted, self._forward, trained, self.spec.local)
+        at = self.adapted.layout.cut(started.adapter, trained) + change
+        return measure.diagonal(self.sites.examples, drawn(self._own(asked.node), self.spec, asked), at)
+
+
+def _refused(asked: Assignment, reason: str) -> Update:
+    """The answer that tells nothing but why: no weight, which could be the number of examples, and no metrics."""
+    return Update(
+        run=asked.run,
+        round=asked.round,
+        attempt=asked.attempt,
+        node=asked.node,
+        version=asked.version,
+        kind="refused",
+        weight=0.0,
+        payload=b"",
+        reason=reason,
+    )

@@ -19,7 +19,8 @@ DROWNS = 3.0
 class Forecast:
     """ε at the end under the sampling that the spec declares, of the node with the largest where nodes differ.
 
-    `noise_to_clip` is the norm of a step's noise over the largest norm of the mean that it is added to.
+    `noise_to_clip` is the norm of a step's noise over the largest norm of the mean that it is added to. `protected` is how
+    many clients, or examples of the smallest node, share the promise.
     """
 
     unit: str
@@ -28,6 +29,7 @@ class Forecast:
     method: str | None = None
     noise_multiplier: float | None = None
     noise_to_clip: float | None = None
+    protected: int = 0
     secret: bool = True
 
     def text(self) -> str:
@@ -44,6 +46,8 @@ class Forecast:
                 f". Above {DROWNS:g} such a run cannot learn: allow more ε, train fewer parameters, or take more nodes "
                 "(or larger batches)"
             )
+        if self.delta is not None and self.delta * self.protected >= 1:
+            line += f". delta is not below 1 / {self.protected:,}, so the promise may be broken for one of them"
         return line
 
 
@@ -57,13 +61,13 @@ def forecast(spec: RunSpec, sizes: Sequence[int], dimensions: int) -> Forecast:
     event: Event
     match privacy.unit:
         case "client":
-            population = privacy.population or len(sizes)
+            protected = population = privacy.population or len(sizes)
             central = mechanism_of(spec, population, dimensions)
             events = [central.event(secret=secret)] * rounds
             noise = central.noise_std * sqrt(dimensions) / central.expected
             multiplier = central.noise_multiplier
         case "example":
-            smallest = min(sizes)  # has the largest share of its examples in a batch
+            protected = smallest = min(sizes)  # has the largest share of its examples in a batch
             steps = rounds * steps_of(smallest, spec.local)
             local = example_level_of(spec, smallest, dimensions, steps)
             event = local.event(steps, secret=secret)
@@ -76,5 +80,12 @@ def forecast(spec: RunSpec, sizes: Sequence[int], dimensions: int) -> Forecast:
             return Forecast("none")
     account = spent(events, privacy.delta)
     return Forecast(
-        privacy.unit, account.epsilon, privacy.delta, account.method, multiplier, noise / privacy.clip, secret
+        privacy.unit,
+        account.epsilon,
+        privacy.delta,
+        account.method,
+        multiplier,
+        noise / privacy.clip,
+        protected,
+        secret,
     )

@@ -10,7 +10,7 @@ from .client.models import load_model
 from .client.sources import load_tables
 from .client.trainer import COHORT_TOKENS
 from .forecast import Forecast, forecast
-from .protocols.codecs import CODECS, codec_of
+from .protocols.codecs import CODECS, uplink_of
 from .protocols.legality import rank_of, recipe_of
 from .protocols.shared import SharedAdapter
 from .protocols.spec import RunSpec
@@ -87,7 +87,7 @@ def plan(spec: RunSpec) -> Plan:
 
 def _traffic(spec: RunSpec, shared: SharedAdapter, clients: Sequence[int]) -> tuple[int, int]:
     """Bytes down and up over the whole run if every client took part in every round."""
-    down, up = CODECS[spec.wire.downlink], codec_of(spec.wire)
+    down, up = CODECS[spec.wire.downlink], uplink_of(spec)
     ranks = Counter(rank_of(spec, client) for client in clients)
     rounds = range(1, spec.run.rounds + 1)
     return (

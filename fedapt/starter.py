@@ -38,6 +38,7 @@ targets = "all-linear"          # or names of modules: ["query", "value"]
 name = "{recipe}"{pad}# {summary}
 # optimizer = "nesterov"        # of the server: {optimizers}
 # aggregator = "mean"           # or against bad nodes: geometric-median | krum | multi-krum | clip | median | …
+                                # or by what helps: fisher | greedy-soup
 
 [local]
 optimizer = "adamw"             # adamw | sgd

@@ -1,4 +1,4 @@
-"""Low-rank algebra: sums of products `B·A` that stay factored, truncated by QR and a small SVD.
+"""Low-rank algebra: sums of products `B·A` that stay factored, truncated by QR and a small SVD, or by iteration.
 
 No `out × in` matrix is ever formed: with R columns in all, everything is `O((out + in)·R²)` (NumPy and LAPACK, no
 torch, because the server runs this). The plain references at the end of the file form the dense matrix; the tests
@@ -23,6 +23,10 @@ MANY = 256
 """Stacked columns from which on the cheaper, rougher way to a norm is taken."""
 
 OVERSAMPLING, ITERATIONS, CHECK_EVERY = 16, 24, 2
+
+FEW, ROUNDINGS, STEPS = 8, 32, 12
+"""A block of at most 1/FEW of the stack is worth STEPS of iteration, which must settle to so many roundings: more steps
+would cost as much as the SVD."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,66 @@ class LowRank:
 
         The result has exactly `rank` columns; where the matrix's own rank is smaller, the further columns of `b` are
         zero up to rounding, and `a` stays orthonormal as far as `in` allows.
+
+        Formal guarantees: it is the truncation of a matrix that differs by rounding from `b @ a`, relative to
+        `‖b‖·‖a‖`. Few columns of many come from an iteration, several times faster, only where a bound on all that
+        it left out, with an estimate of its own rounding, says that nothing larger was missed.
         """
+        if (rank + OVERSAMPLING) * FEW <= min(*self.b.shape, *self.a.shape):
+            found = self._leading(rank)
+            if found is not None:
+                return found
+        return self._by_svd(rank)
+
+    def _by_svd(self, rank: int) -> "LowRank":
+        """The plain way: every singular value of the product of the two triangular factors."""
         q_b, core_b = np.linalg.qr(self.b)
         q_a, core_a = np.linalg.qr(self.a.T)
         u, s, vt = np.linalg.svd(core_b @ core_a.T, full_matrices=False)
         return _fix_signs(_widened((q_b @ u[:, :rank]) * s[:rank], vt[:rank] @ q_a.T, rank))
 
-    def dominant(self, rank: int, tolerance: float = 1e-6) -> tuple["LowRank", float]:
+    def _leading(self, rank: int) -> "LowRank | None":
+        """`_by_svd` without a QR or SVD of R columns: iterate, take out what was found, bound the rest.
+
+        None where the iteration does not settle to rounding, or where the rest may hold something larger.
+        """
+        precision = float(np.finfo(self.b.dtype).eps)
+        found, residual = self.dominant(rank, ROUNDINGS * precision, STEPS)
+        lengths = np.linalg.norm(found.b, axis=0)
+        # Where the matrix has no further rank the smallest length is 0, and the rest is what rounding left.
+        smallest = lengths.min(initial=np.inf) + ROUNDINGS * precision * lengths.max(initial=0.0)
+        if not (residual <= ROUNDINGS * precision and 0 < smallest < np.inf):
+            return None
+        u = np.linalg.qr(found.b)[0]
+        rest = LowRank((self.b - u @ (u.T @ self.b)) / smallest, self.a - (self.a @ found.a.T) @ found.a)
+        return found if rest._is_contraction() else None
+
+    def _is_contraction(self) -> bool:
+        """Whether `b @ a` is bounded to have no singular value above 1; False says nothing.
+
+        Its squared singular values are the eigenvalues of `X = (bᵀb)(a·aᵀ)`. They are at most their sum, which needs no
+        further product, and their squares at most `‖X²‖`, which for R equal ones is only √R times too large.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large, or NaN, compares as no contraction
+            gram_b, gram_a = self.b.T @ self.b, self.a @ self.a.T
+            scale = float(np.linalg.norm(gram_b)) * float(np.linalg.norm(gram_a))
+            rounding = float(np.finfo(gram_b.dtype).eps * np.sqrt(sum(self.b.shape + self.a.shape))) * scale
+            if float(np.vdot(gram_b, gram_a)) + rounding <= 1:
+                return True
+            product = gram_b @ gram_a
+            return float(np.linalg.norm(product @ product)) + 3 * rounding * scale <= 1
+
+    def dominant(self, rank: int, tolerance: float = 1e-6, steps: int = ITERATIONS) -> tuple["LowRank", float]:
         """`truncate` by subspace iteration on the factored operator, and the residual that was reached.
 
         A step costs `O((out + in)·R·rank)`, without a QR of R columns. It stops when `‖b·a·v − s·u‖ ≤ tolerance·s₁` for
-        every triple kept, or after ITERATIONS steps: the residual, relative to s₁ and measured on the operator itself,
-        says how far it came (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, §4.5 and §4.3).
+        every triple kept, or after so many steps (an even number): the residual, relative to s₁ and measured on the
+        operator itself, says how far it came (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, §4.5 and §4.3).
         """
         columns = min(rank + OVERSAMPLING, *self.b.shape, *self.a.shape)
         # Any start will do that is not orthogonal to the answer; a keyed one keeps the result a function of the input.
         v = np.linalg.qr(_start(self.a.shape[1], columns).astype(self.a.dtype))[0]
-        for step in range(1, ITERATIONS + 1):
+        for step in range(1, steps + 1):
             u = np.linalg.qr(self.b @ (self.a @ v))[0]
             v, core = np.linalg.qr(self.a.T @ (self.b.T @ u))
             left, s, right = np.linalg.svd(core)

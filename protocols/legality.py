@@ -128,7 +128,7 @@ def _of_eva(spec: RunSpec, recipe: Recipe) -> list[str]:
     return problems
 
 
-ON_ENTRIES = ("median", "trimmed-mean", "ties", "breadcrumbs", "pcb")
+ON_ENTRIES = ("median", "trimmed-mean", "ties", "breadcrumbs", "pcb", "fisher")
 """Aggregators that look at each number for itself."""
 
 
@@ -139,6 +139,12 @@ def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
         why = "an entry of A or B means something only in the basis that a node trained in, and each has its own"
     elif name in ON_ENTRIES and spec.adapter.ranks:
         why = "nodes of a small rank do not send all entries"
+    elif name == "fisher" and recipe.streams:
+        why = "a node trains tensors of its own, and its information would be of them, not of the federation's"
+    elif name == "fisher" and spec.wire.codec in ("top-k", "seed-projection"):
+        why = f'information is 2 bytes for each of the values that wire.codec = "{spec.wire.codec}" does not send'
+    elif name == "greedy-soup" and not recipe.linear:
+        why = f"a soup is a mean of tensors, and what {recipe.name} makes of a round is none"
     elif name == "clip" and recipe.replaces:
         why = "weights that sum to less than 1 shrink the adapter, not the step"
     nearest = "geometric-median"

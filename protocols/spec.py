@@ -25,6 +25,15 @@ Targets = Annotated[
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def check(cls, raw: dict[str, Any], *, where: str = "spec") -> Self:
+        """Check what is given as nested dictionaries. Raises SpecError with one line for each mistake."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            lines = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+            raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from None
+
 
 class Run(Section):
     """One federated training. `patience` counts evaluations without progress before the run stops (0: never)."""
@@ -123,7 +132,11 @@ class Recipe(Section):
     `fragments`, `mixing` and `delay` are of diloco: a round synchronizes one fragment in turn, and a node takes it
     `delay` steps into the next round as `mixing` of its own tensors and 1 − `mixing` of the federation's.
     `aggregator` is how updates become one; `byzantine` is the share of the nodes that may send anything (krum,
-    multi-krum, trimmed-mean).
+    multi-krum, trimmed-mean). `mean` with `weighting = "uniform"` is the uniform soup. `greedy-soup` takes nodes in,
+    best first and all with one weight, as long as that lowers no score on the run's evaluation data: it asks for
+    2·nodes + 1 evaluations a round, and since it chooses by that score, the score is no longer one of unseen data.
+    With `fisher` nodes also send how sure they are of each value (their diagonal Fisher information, 2 bytes a value),
+    and weigh by it: a node that lies about it has any weight it wants.
     """
 
     name: str = "fedsvd"
@@ -134,7 +147,18 @@ class Recipe(Section):
     delay: Annotated[int, Field(ge=0)] = 0
     weighting: Literal["examples", "uniform"] = "examples"
     aggregator: Literal[
-        "mean", "krum", "multi-krum", "geometric-median", "clip", "median", "trimmed-mean", "ties", "breadcrumbs", "pcb"
+        "mean",
+        "krum",
+        "multi-krum",
+        "geometric-median",
+        "clip",
+        "median",
+        "trimmed-mean",
+        "ties",
+        "breadcrumbs",
+        "pcb",
+        "fisher",
+        "greedy-soup",
     ] = "mean"
     byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     initial_a: Literal["kaiming", "orthonormal", "eva"] | None = None
@@ -306,15 +330,6 @@ class RunSpec(Section):
             _override(raw, override)
         spec = cls.check(raw, where=where)
         return spec._resolve(folder) if folder is not None else spec
-
-    @classmethod
-    def check(cls, raw: dict[str, Any], *, where: str = "spec") -> Self:
-        """Check a spec given as nested dictionaries. Raises SpecError with one line for each mistake."""
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            lines = [_explain(cls, problem) for problem in error.errors(include_url=False)]
-            raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from None
 
     def _resolve(self, folder: Path) -> Self:
         """This spec with the paths that exist relative to `folder` made absolute."""

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..protocols.codecs import Codec
+from ..protocols.codecs import Uplink
 from ..protocols.errors import PayloadError
 from ..protocols.layout import AdapterLayout
 from ..protocols.update import Assignment, Update
@@ -14,11 +14,11 @@ MAX_VALUE = 1e6
 """No honest change of an adapter is near it, and sums of such values stay far from overflow."""
 
 
-def refusal(update: Update, assignment: Assignment | None, codec: Codec, trained: AdapterLayout) -> str | None:
+def refusal(update: Update, assignment: Assignment | None, uplink: Uplink, trained: AdapterLayout) -> str | None:
     """Why the update is refused, or None. `assignment` is what this node was asked in this round, if anything."""
     if assignment is None:
         return f"node {update.node} was not asked in this round"
-    return _stale(update, assignment) or _unfit(update, codec, trained)
+    return _stale(update, assignment) or _unfit(update, uplink, trained)
 
 
 def _stale(update: Update, assignment: Assignment) -> str | None:
@@ -32,7 +32,7 @@ def _stale(update: Update, assignment: Assignment) -> str | None:
     return None
 
 
-def _unfit(update: Update, codec: Codec, trained: AdapterLayout) -> str | None:
+def _unfit(update: Update, uplink: Uplink, trained: AdapterLayout) -> str | None:
     """Why the update's own content cannot be used."""
     if not (math.isfinite(update.weight) and 0 <= update.weight <= MAX_WEIGHT):
         return f"weight {update.weight} is not in 0 … {MAX_WEIGHT:g}"
@@ -43,7 +43,8 @@ def _unfit(update: Update, codec: Codec, trained: AdapterLayout) -> str | None:
     if update.weight == 0:
         return "a trained update has weight 0"
     try:
-        largest = float(np.abs(codec.decode(update.payload, trained)).max(initial=0.0))
+        change, _ = uplink.decode(update.payload, trained)
+        largest = float(np.abs(change).max(initial=0.0))
     except PayloadError as error:
         return str(error)
     return f"a value of {largest:g} is over {MAX_VALUE:g}" if largest > MAX_VALUE else None

@@ -1,16 +1,27 @@
 """From the state before a round to the state after it: aggregate, step, settle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from ..protocols.errors import SpecError
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.shared import SharedAdapter
 from . import optimizers
 from .aggregation import aggregate
+from .combining import souped
 from .optimizers import Buffers
 from .rounds import Contribution, Round
 from .settling import settle
+
+Score = Callable[[Flat], float]
+"""A whole adapter (fp32, the layout's size) ⇒ how good it is on held-out data: higher is better."""
+
+UNSCORED = (
+    'recipe.aggregator = "greedy-soup" tries adapters on held-out data, and this server cannot evaluate: hand it '
+    'evaluation data, or take the nearest legal: "mean" with recipe.weighting = "uniform", the uniform soup.'
+)
 
 RESIDUAL = "residual"
 """The buffer of what the server keeps of the products for the next round; no optimizer reads it."""
@@ -24,12 +35,17 @@ def advance(
     contributions: Sequence[Contribution],
     *,
     number: int,
+    score: Score | None = None,
 ) -> tuple[Flat, Buffers, float]:
     """The state that round `number + 1` starts from, its buffers, and the aggregation error of round `number`.
 
     `state` is fp32 over `shared.received(number)`; `received` is the same as it arrived at the nodes, which a lossy
-    downlink rounds. Without a contribution no tensor moves.
+    downlink rounds. Without a contribution no tensor moves. Raises SpecError where the aggregator needs a `score` and
+    there is none.
     """
+    if contributions and shared.settings.aggregator == "greedy-soup":
+        trial = _trial(shared, state, received, buffers, number=number, score=score)
+        contributions = souped(contributions, trial)
     error, state, buffers = 0.0, state.copy(), dict(buffers)
     if contributions:
         recipe, settings = shared.recipe, shared.settings
@@ -48,6 +64,21 @@ def advance(
             moved[name] += values
         error = result.error
     return *settle(shared, state, buffers, number), error
+
+
+def _trial(
+    shared: SharedAdapter, state: Flat, received: Flat, buffers: Buffers, *, number: int, score: Score | None
+) -> Callable[[Flat], float]:
+    """A change of the round ⇒ the score of the adapter that it would give."""
+    if score is None:
+        raise SpecError(UNSCORED)
+    judge, plain = score, replace(shared, settings=shared.settings.model_copy(update={"aggregator": "mean"}))
+
+    def trial(change: Flat) -> float:
+        after, _, _ = advance(plain, state, received, buffers, [Contribution(1.0, change)], number=number)
+        return judge(shared.whole(after, number + 1))
+
+    return trial
 
 
 def _cut(buffers: Buffers, whole: AdapterLayout, part: AdapterLayout) -> Buffers:

@@ -1,11 +1,12 @@
-"""How the updates of a round become one: a weighted mean, or a rule that a minority of bad or odd nodes cannot steer.
+"""How the updates of a round become one: a weighted mean, or another rule.
 
 Rules on distances look at the nodes' products `B·A`, which are the same in every gauge, and end in weights: any recipe
-can take them. Rules on entries look at each number for itself: they are for recipes in which all nodes hold the same
-factor beside the one that they train (`protocols/legality.py`).
+can take them. The greedy soup ends in weights too, and looks at scores on held-out data. Rules on entries look at each
+number for itself: they are for recipes in which all nodes hold the same factor beside the one that they train
+(`protocols/legality.py`). All but `mean`, `fisher` and the rules of model merging are there for bad nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,14 @@ from ..kernels import merging, robust
 from ..kernels.lowrank import LowRank, Matrix
 from ..protocols.layout import Flat
 from ..protocols.spec import Recipe as Settings
-from .rounds import Round
+from .rounds import Contribution, Round
+
+FLOOR = 1e-6
+"""Of a tensor's mean information: what a value counts at least, as in the code of Matena & Raffel (arXiv 2111.09832).
+
+There it is absolute. Relative, the rule does not see in which unit the loss is, and small gradients are no reason for
+the plain mean.
+"""
 
 
 def weighed(updates: Round, settings: Settings) -> Round:
@@ -39,24 +47,58 @@ def weighed(updates: Round, settings: Settings) -> Round:
     return replace(updates, contributions=[replace(c, weight=weight) for c, weight in pairs])
 
 
+def souped(contributions: Sequence[Contribution], score: Callable[[Flat], float]) -> list[Contribution]:
+    """The contributions with the weights of the greedy soup: all that it takes have one weight, the others 0.
+
+    `score` judges a change of the round on held-out data: higher is better, NaN is the worst. Where even the soup
+    scores below no change at all, every weight is 0. It asks for 2K + 1 scores (`kernels.merging.greedy_soup`).
+    """
+
+    def judged(change: Flat) -> float:
+        value = score(change)
+        return -np.inf if np.isnan(value) else value
+
+    soup, taken = merging.greedy_soup(np.stack([c.change for c in contributions]), judged)
+    if judged(soup) < judged(np.zeros_like(soup)):
+        taken = ()
+    return [replace(c, weight=1 / len(taken) if k in taken else 0.0) for k, c in enumerate(contributions)]
+
+
 def combined(updates: Round, settings: Settings) -> Flat:
     """The change of the round, each tensor for itself, fp32 over `updates.trained`: the mean, or a rule on entries."""
     weights = [c.weight for c in updates.contributions]
     match settings.aggregator:
         case "median":
-            return _fp32(robust.coordinate_median(updates.changes(), weights))
+            change = _fp32(robust.coordinate_median(updates.changes(), weights))
         case "trimmed-mean":
-            return _fp32(robust.trimmed_mean(updates.changes(), weights, min(settings.byzantine, 0.49)))
+            change = _fp32(robust.trimmed_mean(updates.changes(), weights, min(settings.byzantine, 0.49)))
         case "ties":
-            return merging.ties(updates.changes(), weights)
+            change = merging.ties(updates.changes(), weights)
         case "breadcrumbs":
             # The paper adds up the changes of different tasks; those of a round are of one, and K times too far.
             sizes = [tensor.size for tensor in updates.trained.tensors]
-            return merging.breadcrumbs(updates.changes(), sizes, weights, scale=1 / len(weights))
+            change = merging.breadcrumbs(updates.changes(), sizes, weights, scale=1 / len(weights))
         case "pcb":
-            return merging.pcb(updates.changes(), weights)
+            change = merging.pcb(updates.changes(), weights)
+        case "fisher":
+            change = _informed(updates, weights)
         case _:
-            return updates.mean()
+            change = updates.mean()
+    return change
+
+
+def _informed(updates: Round, weights: Sequence[float]) -> Flat:
+    """Each tensor's mean, weighted entry by entry with the nodes' information."""
+    changes, information = updates.changes(), updates.information()
+    merged: Flat = np.empty(updates.trained.size, np.float32)
+    for tensor in updates.trained.tensors:
+        first = updates.trained.offsets[tensor.name]
+        own = slice(first, first + tensor.size)
+        scale = float(information[:, own].mean(dtype=np.float64)) if tensor.size else 0.0
+        # A tensor of which no node knows anything gets its weighted mean, whatever the floor.
+        floor = FLOOR * scale or FLOOR
+        merged[own] = merging.fisher(changes[:, own], information[:, own], weights, floor=floor)
+    return merged
 
 
 def _gram(updates: Round) -> Matrix:

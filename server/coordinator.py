@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..privacy.events import Event
-from ..protocols.codecs import CODECS, codec_of
+from ..protocols.codecs import CODECS, uplink_of
 from ..protocols.errors import RunError, SpecError
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import rank_of, recipe_of
@@ -23,7 +23,7 @@ from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update, version_of
 from .admission import refusal
-from .advance import advance
+from .advance import UNSCORED, Score, advance
 from .grid import Failure, NodeGrid
 from .participation import draw
 from .private import CLIP, ClientLevel
@@ -53,7 +53,11 @@ class Progress:
 
 
 class Coordinator:
-    """Runs one federated training to its end. Raises SpecError where the store holds another spec under this name."""
+    """Runs one federated training to its end.
+
+    Raises SpecError where the store holds another spec under this name, or where the aggregator needs an `evaluate`
+    and there is none.
+    """
 
     def __init__(
         self,
@@ -66,9 +70,11 @@ class Coordinator:
     ) -> None:
         self.spec, self.grid, self.store = spec, grid, store
         self.recipe = recipe_of(spec)
+        if spec.recipe.aggregator == "greedy-soup" and evaluate is None:
+            raise SpecError(UNSCORED)
         self.evaluate, self.progress = evaluate, progress
         self.run = spec.run.name
-        self.up, self.down = codec_of(spec.wire), CODECS[spec.wire.downlink]
+        self.up, self.down = uplink_of(spec), CODECS[spec.wire.downlink]
         self.description = self._begin()
         self.layout = self.description.layout
         self.shared = self._shared(self.description)
@@ -249,8 +255,15 @@ class Coordinator:
             mean, buffers, event = self.private.release([c.change for c in contributions], buffers, round_)
             contributions, events = [Contribution(1.0, mean)], [event]
         kept = {CLIP: buffers.pop(CLIP)} if CLIP in buffers else {}
-        state, buffers, error = advance(self.shared, before.state, received, buffers, contributions, number=round_)
+        state, buffers, error = advance(
+            self.shared, before.state, received, buffers, contributions, number=round_, score=self._score()
+        )
         return Snapshot(round_, state, buffers | kept), error, events
+
+    def _score(self) -> Score | None:
+        """How good an adapter is on the data of `evaluate`: what makes a round the best makes an adapter the best."""
+        evaluate = self.evaluate
+        return None if evaluate is None else lambda adapter: -_badness(evaluate(adapter))
 
     def _contributions(self, updates: Sequence[Update], trained: AdapterLayout) -> list[Contribution]:
         if not updates:
@@ -261,8 +274,10 @@ class Coordinator:
         contributions = []
         for weight, update in zip(weights, updates, strict=True):
             own = self._sent(update.round, update.node)
-            change = trained.pad(self.up.decode(update.payload, own), own)
-            contributions.append(Contribution(float(weight), change, rank_of(self.spec, update.node)))
+            change, information = self.up.decode(update.payload, own)
+            known = None if information is None else trained.pad(information, own)
+            rank = rank_of(self.spec, update.node)
+            contributions.append(Contribution(float(weight), trained.pad(change, own), rank, known))
         return contributions
 
     def _out_of_patience(self, rows: Sequence[Row]) -> bool:
@@ -274,14 +289,14 @@ class Coordinator:
 
 def best_round(rows: Sequence[Row]) -> int | None:
     """The round with the highest accuracy, or the lowest loss where there is no accuracy; the first of equals."""
-
-    def badness(row: Row) -> float:
-        metrics = row["evaluation"]
-        value = float(-metrics["accuracy"] if "accuracy" in metrics else metrics["loss"])
-        return math.inf if math.isnan(value) else value
-
     evaluated = [row for row in rows if "evaluation" in row]
-    return min(evaluated, key=badness)["round"] if evaluated else None
+    return min(evaluated, key=lambda row: _badness(row["evaluation"]))["round"] if evaluated else None
+
+
+def _badness(metrics: Mapping[str, float]) -> float:
+    """Lower is better: minus the accuracy, or the loss where there is none."""
+    value = float(-metrics["accuracy"] if "accuracy" in metrics else metrics["loss"])
+    return math.inf if math.isnan(value) else value
 
 
 def _describe(updates: Sequence[Update]) -> Row:

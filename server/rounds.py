@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.lowrank import LowRank, Matrix, weighted_sum
+from ..protocols.errors import SpecError
 from ..protocols.layout import AdapterLayout, Flat, Pair
 
 ROUNDING = 1e-9
@@ -15,11 +16,13 @@ ROUNDING = 1e-9
 @dataclass(frozen=True)
 class Contribution:
     """One admitted and decoded update: `change` is fp32 over the recipe's trained layout, zero beyond the node's
-    `rank` (0: the adapter's own). Weights of a round sum to 1."""
+    `rank` (0: the adapter's own). `information` is how sure the node is of each value, where nodes send that.
+    Weights of a round sum to 1."""
 
     weight: float
     change: Flat
     rank: int = 0
+    information: Flat | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Round:
     def changes(self) -> Matrix:
         """All changes, fp32, (K, trained.size)."""
         return np.stack([c.change for c in self.contributions])
+
+    def information(self) -> Matrix:
+        """All diagonal Fisher information, fp32, (K, trained.size). Raises SpecError where a node has sent none."""
+        known = [c.information for c in self.contributions if c.information is not None]
+        if len(known) < len(self.contributions):
+            raise SpecError(
+                f'recipe.aggregator = "fisher": {len(self.contributions) - len(known)} of {len(self.contributions)} '
+                'nodes sent no Fisher information, which fedapt\'s own clients alone do. Nearest legal: "mean".'
+            )
+        return np.stack(known)
 
     def module(self, pair: Pair) -> Module:
         b, a = (self.layout.view(self.adapter, spec.name).astype(np.float64) for spec in (pair.b, pair.a))

@@ -103,6 +103,15 @@ class RecipeStrategy(FedAvg):
                 f'recipe.name = "{self.recipe.name}" needs nodes that go on from tensors of their own, which a stock '
                 'client forgets. Nearest legal: "fedit", or fedapt\'s own ClientApp.'
             )
+        lacks = {
+            "fisher": "information that a stock client does not send",
+            "greedy-soup": "held-out data at the server",
+        }
+        if spec.recipe.aggregator in lacks:
+            raise SpecError(
+                f'recipe.aggregator = "{spec.recipe.aggregator}" needs {lacks[spec.recipe.aggregator]}. '
+                'Nearest legal: "mean", or fedapt\'s own ServerApp and ClientApp.'
+            )
         self._standing: _Standing | None = None
 
     def summary(self) -> None:

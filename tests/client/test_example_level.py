@@ -10,6 +10,7 @@ from fedapt.client.accounts import Accounts
 from fedapt.client.client import Client
 from fedapt.privacy.events import GaussianEvent, Poisson, from_json
 from fedapt.privacy.ledger import SiteLedger
+from fedapt.protocols.errors import PrivacyError, SpecError
 from fedapt.protocols.update import Update
 from fedapt.server.admission import refusal
 
@@ -114,3 +115,13 @@ def test_without_noise_nothing_is_promised() -> None:
     client = client_of("recipe.name=ffa", "local.steps=2")
     (updates,) = rounds(client, [1])
     assert all("epsilon" not in u.metrics for u in updates)
+
+
+def test_exact_scores_on_private_data_are_not_given() -> None:
+    with pytest.raises(PrivacyError, match="a release without noise"):
+        private().evaluate(40)
+
+
+def test_another_spec_must_be_legal_too() -> None:
+    with pytest.raises(SpecError, match="illegal"):
+        private().under(private().spec.set("recipe.aggregator=krum"))

@@ -29,6 +29,7 @@ COMMANDS = [
     ["adapter", "merge"],
     ["runs"],
     ["runs", "compare"],
+    ["audit"],
     ["ledger"],
     ["ledger", "show"],
     ["ledger", "verify"],

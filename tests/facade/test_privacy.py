@@ -61,4 +61,5 @@ def test_the_plan_warns_of_noise_that_drowns() -> None:
     spec = RunSpec.check(raw).set("privacy.unit=client", "privacy.epsilon=1", "run.rounds=5")
     assert "such a run cannot learn" in forecast(spec, [5] * 10, 100_000).text()
     assert "cannot learn" not in forecast(spec, [5] * 10_000, 100).text()
+    assert "delta is not below 1 / 200,000" in forecast(spec, [5] * 200_000, 100).text()
     assert forecast(RunSpec.check(raw), [5], 10).text() == "none: no formal guarantee"

@@ -27,6 +27,8 @@ SHORT = {"refresh": ["recipe.period=1"], "fedsvd": ["recipe.period=2"]}
     [[f"recipe.name={name}", *SHORT.get(name, [])] for name in RECIPES]
     + [["recipe.name=fedit", f"wire.codec={codec}"] for codec in ("fp32", "bf16", "int8", "fp4", "top-k")]
     + [["recipe.name=ffa", "wire.codec=seed-projection", "wire.values=int8", "wire.coefficients=500"]]
+    + [[f"recipe.name={name}", "recipe.aggregator=fisher"] for name in ("ffa", "rolora")]
+    + [["recipe.name=fedsvd", "recipe.aggregator=greedy-soup"]]
     + [[f"recipe.name={name}", "adapter.ranks=[1, 2, 4]", "adapter.rank=4"] for name in ("flexlora", "fedsvd")],
     ids=" ".join,
 )

@@ -229,6 +229,108 @@ def test_dominant_of_small_matrices_is_as_good_as_the_truncation(term: LowRank, 
     assert np.array_equal(again.b, found.b)
 
 
+@st.composite
+def spectra(draw: st.DrawFn) -> list[float]:
+    """Falling: a few decades up to ten, clusters of nearly equal values, exactly repeated ones, any number of zeros."""
+    count, decades = draw(st.integers(1, 20)), draw(st.floats(0, 10))
+    values = 10 ** -np.linspace(0, decades, count)
+    spread = draw(st.sampled_from([0.0, 1e-12, 1e-6, 1e-2]))
+    values = np.repeat(values, draw(st.integers(1, 3)))
+    values *= 1 + spread * np.random.default_rng(draw(seeds)).random(len(values))
+    return [*sorted(values.tolist(), reverse=True), *([0.0] * draw(st.sampled_from([0, 0, 3])))]
+
+
+def assert_as_good(found: LowRank, plain: LowRank, term: LowRank, rank: int, tolerance: float) -> None:
+    """Eckart–Young to the rounding, and the very matrix where a gap makes it unique; all relative to ‖b·a‖."""
+    exact = dense(LowRank(term.b.astype(np.float64), term.a.astype(np.float64)))
+    made, expected = (dense(LowRank(k.b.astype(np.float64), k.a.astype(np.float64))) for k in (found, plain))
+    singular = np.append(np.linalg.svd(exact, compute_uv=False), [0.0] * (rank + 1))
+    assert found.b.dtype == found.a.dtype == term.b.dtype
+    assert found.rank == rank
+    assert abs(np.linalg.norm(exact - made) - np.linalg.norm(singular[rank:])) <= tolerance * singular[0]
+    assert_orthonormal_rows(found.a, tolerance)
+    if singular[rank - 1] - singular[rank] > 0.1 * singular[0] or singular[rank] <= tolerance * singular[0]:
+        assert np.linalg.norm(made - expected) <= 10 * tolerance * singular[0]
+        assert np.linalg.norm(made - truncate_reference(exact, rank)) <= 10 * tolerance * singular[0]
+
+
+@given(spectra(), st.integers(1, 6), st.sampled_from([(np.float64, 1e-12), (np.float32, 1e-5)]), st.integers(-9, 9))
+def test_few_columns_of_many_are_the_plain_truncation(
+    spectrum: list[float], rank: int, precision: tuple[type, float], scale: int
+) -> None:
+    """Whatever the spectrum and the size: either the proof holds and the answer is right, or it is the plain one's."""
+    dtype, tolerance = precision
+    term = with_spectrum([10.0**scale * value for value in spectrum], 80, 70, 30)
+    term = LowRank(term.b.astype(dtype), term.a.astype(dtype))
+    plain = term._by_svd(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "FEW", 0)
+        assert_as_good(term.truncate(rank), plain, term, rank, tolerance)
+
+
+@given(one, st.integers(0, 4))
+def test_the_iteration_takes_any_shape(term: LowRank, rank: int) -> None:
+    plain = term._by_svd(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "FEW", 0)
+        found = term.truncate(rank)
+    assert found.b.shape == plain.b.shape
+    assert found.a.shape == plain.a.shape
+    assert np.isclose(np.linalg.norm(dense(term) - dense(found)), np.linalg.norm(dense(term) - dense(plain)), atol=1e-9)
+
+
+@pytest.mark.parametrize("spectrum", [[3, 2, *[0.05] * 150], [5, 5, *[1e-10] * 9], [1, 1e-2, 1e-4, 0, 0], [4]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_a_stack_of_many_nodes_needs_no_svd_of_its_size(
+    spectrum: list[float], dtype: type, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise below the common part, equal values, a falling spectrum, and less rank than is kept."""
+    term = with_spectrum(spectrum, 240, 230, 200)
+    plain = term._by_svd(2)
+    monkeypatch.setattr(LowRank, "_by_svd", None)
+    term = LowRank(term.b.astype(dtype), term.a.astype(dtype))
+    assert_as_good(term.truncate(2), plain, term, 2, tolerance)
+
+
+def taken_whole(term: LowRank, rank: int) -> bool:
+    """Whether `truncate` fell back; what it returns is then the plain answer, bit for bit."""
+    assert (rank + lowrank.OVERSAMPLING) * lowrank.FEW <= min(*term.b.shape, *term.a.shape), "else nothing is tried"
+    return term._leading(rank) is None and np.array_equal(term.truncate(rank).b, term._by_svd(rank).b)
+
+
+def test_a_flat_spectrum_falls_back_to_the_svd() -> None:
+    assert taken_whole(with_spectrum([1 - k / 4000 for k in range(200)], 260, 240, 100), 4)
+
+
+def test_a_start_that_misses_the_largest_falls_back_to_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The iteration settles, on the wrong triples: its residual is nothing, and only the bound on the rest can tell."""
+    size, rank = 200, 4
+    diagonal = np.array([1.0] * rank + [1e-1] * 20 + [1e-3] * (size - rank - 20))
+    diagonal[-1] = 2.0  # no column of the start below reaches it
+    term = LowRank(np.diag(diagonal), np.eye(size))
+    monkeypatch.setattr(lowrank, "_start", np.eye)
+    found, residual = term.dominant(rank)
+    assert residual <= 1e-12
+    assert np.linalg.norm(found.b, axis=0) == pytest.approx([1.0] * rank)
+    assert taken_whole(term, rank)
+    assert np.linalg.norm(term.truncate(rank).b, axis=0) == pytest.approx([2.0, 1.0, 1.0, 1.0])
+    diagonal[-1] = 1e-3  # the control: the same start, and nothing to miss
+    assert not taken_whole(LowRank(np.diag(diagonal), np.eye(size)), rank)
+
+
+@given(one, st.floats(0.01, 100))
+def test_a_contraction_is_never_claimed_of_what_is_none(term: LowRank, size: float) -> None:
+    largest = float(np.linalg.svd(dense(term), compute_uv=False)[0])
+    scaled = LowRank(term.b * (size / largest if largest > 0 else 1.0), term.a)
+    if scaled._is_contraction():
+        assert size <= 1 or largest == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e200])
+def test_what_is_not_finite_is_no_contraction(bad: float) -> None:
+    assert not LowRank(np.full((3, 2), bad), np.full((2, 3), bad))._is_contraction()
+
+
 @given(one, st.floats(-4, 4), seeds)
 def test_merge_adds_the_scaled_product(term: LowRank, scaling: float, seed: int) -> None:
     weight = np.asarray(np.random.default_rng(seed).standard_normal(dense(term).shape))

@@ -57,10 +57,11 @@ ILLEGAL = [
         if name != "hetlora"
         for rule in ON_ENTRIES
     ),
+    *((name, "recipe.aggregator", "greedy-soup", "recipe.aggregator=geometric-median") for name in REPLACED[:-1]),
     *((name, "recipe.aggregator", "clip", "recipe.aggregator=geometric-median") for name in REPLACED[:-1]),
     *(
         ("hetlora", "recipe.aggregator", rule, "recipe.aggregator=mean")
-        for rule in (*ON_ENTRIES, "clip", "krum", "multi-krum", "geometric-median")
+        for rule in (*ON_ENTRIES, "clip", "krum", "multi-krum", "geometric-median", "greedy-soup")
     ),
     *((name, "wire.codec", "top-k", "wire.codec=fp4") for name in (*REPLACED, "rolora", "refresh", "diloco")),
     ("diloco", "recipe.optimizer", "novograd", "recipe.optimizer=adam"),
@@ -84,7 +85,7 @@ CHOICES = {
     "adapter.method": ["lora", "dora", "ia3", "bottleneck", "head"],
     "adapter.ranks": ["[]", "[4, 8]"],
     "adapter.start": ["warm"],
-    "recipe.aggregator": ["mean", "krum", "multi-krum", "geometric-median", "clip", *ON_ENTRIES],
+    "recipe.aggregator": ["mean", "krum", "multi-krum", "geometric-median", "clip", "greedy-soup", *ON_ENTRIES],
     "wire.codec": ["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"],
     "recipe.period": ["3"],
     "recipe.budget": ["7", "8", "16"],
@@ -154,6 +155,10 @@ def test_a_unit_is_for_recipes_whose_aggregate_is_a_linear_sum(recipe: Recipe, u
     ("recipe", "overrides", "way_out"),
     [
         ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=median"], "recipe.aggregator=geometric-median"),
+        ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
+        ("ffa", ["wire.codec=top-k", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
+        ("ffa", ["wire.codec=seed-projection", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
+        ("diloco", ["adapter.method=ia3", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
         ("fedsvd", ["adapter.ranks=[2, 8]", "wire.codec=top-k"], "wire.codec=fp4"),
         ("flexlora", ["adapter.ranks=[2, 8]", "adapter.start=warm"], "adapter.ranks=[]"),
         ("fedit", ["adapter.ranks=[2, 8]", "adapter.method=dora"], "adapter.ranks=[]"),
@@ -173,6 +178,14 @@ def test_rules_on_entries_are_for_what_is_trained_in_one_basis(rule: str) -> Non
     for name in ("fedsvd", "ffa", "refresh", "rolora"):
         assert recipe_of(spec_of(name, f"recipe.aggregator={rule}")).name == name
     assert recipe_of(spec_of("fedit", f"recipe.aggregator={rule}", "adapter.method=ia3")).name == "fedit"
+
+
+@pytest.mark.parametrize("rule", ["fisher", "greedy-soup"])
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_a_merging_rule_beside_noise_is_refused(rule: str, unit: str) -> None:
+    private = (f"privacy.unit={unit}", "privacy.epsilon=3", "recipe.weighting=uniform")
+    with pytest.raises(SpecError, match=f'recipe.aggregator = "{rule}" is illegal with privacy.unit'):
+        recipe_of(spec_of("ffa", f"recipe.aggregator={rule}", *private))
 
 
 def test_how_a_is_drawn_and_what_the_spec_asks_for() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.codecs import CODECS, Uplink
 from fedapt.protocols.layout import AdapterLayout, TensorSpec
 from fedapt.protocols.records import update_from_records, update_to_records
 from fedapt.protocols.update import Assignment, Update
@@ -23,7 +23,7 @@ def valid(codec: str = "fp32") -> Update:
 
 
 def asked(update: Update, assignment: Assignment | None = ASSIGNMENT, codec: str = "fp32") -> str | None:
-    return refusal(update, assignment, CODECS[codec], TRAINED)
+    return refusal(update, assignment, Uplink(CODECS[codec]), TRAINED)
 
 
 def payload(*planted: float) -> bytes:
@@ -69,6 +69,46 @@ def test_what_was_asked_for_is_admitted(codec: str) -> None:
 )
 def test_each_reason_to_refuse(changes: dict[str, Any], reason: str) -> None:
     found = asked(replace(valid(), **changes))
+    assert found is not None
+    assert reason in found
+
+
+def informed(*planted: float) -> bytes:
+    """An int8 payload with information that begins with these values."""
+    information = np.ones(TRAINED.size, np.float32)
+    information[: len(planted)] = planted
+    return Uplink(CODECS["int8"], informed=True).encode(FLAT, information, TRAINED, 1)
+
+
+INFORMED = Uplink(CODECS["int8"], informed=True)
+
+
+def test_information_is_admitted_as_it_was_sent() -> None:
+    """Zeros of either sign, and huge values, which bf16 holds; sizes are exact."""
+    sent = replace(valid(), payload=informed(0.0, -0.0, 2.0**100, 0.5))
+    assert refusal(sent, ASSIGNMENT, INFORMED, TRAINED) is None
+    change, information = INFORMED.decode(sent.payload, TRAINED)
+    assert information is not None
+    assert information.tolist() == [0.0, 0.0, 2.0**100, 0.5, *[1.0] * (TRAINED.size - 4)]
+    assert np.array_equal(change, CODECS["int8"].decode(valid("int8").payload, TRAINED))
+    assert len(sent.payload) == INFORMED.size(TRAINED) == CODECS["int8"].size(TRAINED) + 2 * TRAINED.size
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (informed(1.0, -0.5), "Fisher information holds -0.5; a mean of squares is not negative"),
+        (informed(float("nan")), "Fisher information: a payload holds NaN or infinity"),
+        (informed(float("inf")), "Fisher information: a payload holds NaN or infinity"),
+        (informed(-float("inf")), "Fisher information: a payload holds NaN or infinity"),
+        (informed()[:-1], "Fisher information: 21 bytes received, bf16 over this layout has 22"),
+        (informed() + b"\0", "Fisher information: 23 bytes received"),
+        (valid("int8").payload, "Fisher information: 0 bytes received"),
+        (valid("int8").payload[:-1], "bytes received, int8 over this layout has"),
+    ],
+)
+def test_hostile_information_is_refused(sent: bytes, reason: str) -> None:
+    found = refusal(replace(valid(), payload=sent), ASSIGNMENT, INFORMED, TRAINED)
     assert found is not None
     assert reason in found
 

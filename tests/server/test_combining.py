@@ -1,21 +1,29 @@
-"""Rules that a minority of bad nodes cannot steer, through whole rounds of recipes."""
+"""Rules for making one change of many, through whole rounds of recipes: against bad nodes, and of model merging."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedapt.protocols.layout import AdapterLayout, Flat
+from fedapt.kernels.merging import fisher_reference
+from fedapt.protocols.codecs import CODECS
+from fedapt.protocols.errors import SpecError
+from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
 from fedapt.protocols.legality import ON_ENTRIES, illegal
 from fedapt.protocols.recipes import RECIPES
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Update
 from fedapt.server.advance import advance
-from fedapt.server.combining import combined, weighed
+from fedapt.server.combining import FLOOR, combined, souped, weighed
 from fedapt.server.rounds import Contribution, Round
 
+from . import fakes
 from .dense import Matrix, case_of, deltas, layout_of, size, start_of, values
 
 LAYOUT = layout_of((8, 12, 2), (6, 9, 2))
@@ -64,7 +72,8 @@ def good(shared: SharedAdapter, *, gauges: bool = False) -> list[Contribution]:
         change = np.asarray(0.3 * (values(trained, 7) + 0.2 * values(trained, 100 + node)), np.float32)
         if gauges:
             change = in_another_gauge(shared, change, 1, node)
-        contributions.append(Contribution(1 / (HONEST + BAD), change))
+        certain = np.ones(trained.size, np.float32)
+        contributions.append(Contribution(1 / (HONEST + BAD), change, information=certain))
     return contributions
 
 
@@ -101,7 +110,7 @@ def test_with_nobody_bad_a_rule_is_near_the_mean(recipe: str, rule: str) -> None
 
 @pytest.mark.parametrize("kind", ["huge", "flipped"])
 @pytest.mark.parametrize(
-    ("recipe", "rule"), [row for row in LEGAL if row[1] not in ("clip", "ties", "breadcrumbs", "pcb")]
+    ("recipe", "rule"), [row for row in LEGAL if row[1] not in ("clip", "ties", "breadcrumbs", "pcb", "fisher")]
 )
 def test_a_fifth_of_bad_nodes_moves_the_mean_far_and_a_robust_rule_little(recipe: str, rule: str, kind: str) -> None:
     """In random gauges where nodes train both factors and the rule looks at products; the mean is the control.
@@ -194,7 +203,7 @@ def test_the_share_of_bad_nodes_is_what_the_spec_says() -> None:
 def test_a_head_alone_is_aggregated_too(rule: str) -> None:
     heads = LAYOUT.select({"other"})
     chosen = Settings(name="fedit", aggregator=rule)  # type: ignore[arg-type]
-    changes = [Contribution(0.25, values(heads, 5)) for _ in range(4)]
+    changes = [Contribution(0.25, values(heads, 5), information=values(heads, 6) ** 2) for _ in range(4)]
     updates = weighed(Round(heads, heads, values(heads, 0), changes), chosen)
     found = combined(updates, chosen)
     assert found.dtype == np.float32
@@ -202,3 +211,180 @@ def test_a_head_alone_is_aggregated_too(rule: str) -> None:
     assert kept.any()
     assert kept.all() or rule in ("ties", "breadcrumbs", "pcb")
     np.testing.assert_allclose(found[kept], values(heads, 5)[kept], rtol=1e-5)
+
+
+ENTRIES = AdapterLayout([TensorSpec("q.lora_B.weight", (3, 2), "B"), TensorSpec("score.bias", (2,), "other")])
+
+
+def informed(changes: Any, information: Any, weights: Any, trained: AdapterLayout = ENTRIES) -> Flat:
+    """What `fisher` makes of these rows over a layout without a pair."""
+    given_ = [
+        Contribution(float(w), np.asarray(c, np.float32), information=np.asarray(f, np.float32))
+        for w, c, f in zip(weights, changes, information, strict=True)
+    ]
+    return combined(Round(trained, trained, values(trained, 0), given_), Settings(name="ffa", aggregator="fisher"))
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 3), st.integers(0, 2**32))
+def test_fisher_is_the_plain_rule_tensor_by_tensor(count: int, rows: int, own: int, seed: int) -> None:
+    trained = AdapterLayout([TensorSpec("b", (rows, 2), "other"), TensorSpec("bias", (own,), "other")])
+    random = np.random.default_rng(seed)
+    changes = random.standard_normal((count, trained.size)).astype(np.float32)
+    information = (random.standard_normal((count, trained.size)) ** 2 * 1e-9).astype(np.float32)
+    weights = random.dirichlet(np.ones(count))
+    expected: list[float] = []
+    for part in (slice(0, 2 * rows), slice(2 * rows, trained.size)):
+        moves, certain = changes[:, part], information[:, part]
+        if moves.size:
+            expected += fisher_reference(moves, certain, weights.tolist(), FLOOR * float(certain.mean()))
+    np.testing.assert_allclose(informed(changes, information, weights, trained), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_node_that_is_surer_pulls_the_mean_towards_itself() -> None:
+    """Entry by entry, and whatever the unit of the loss: information of 1e-9 in all is no reason for the plain mean."""
+    changes = np.stack([np.zeros(8), np.ones(8)])
+    information = np.ones((2, 8))
+    information[1, 2] = 1000
+    found = informed(changes, information, [0.5, 0.5])
+    assert found[2] > 0.99
+    np.testing.assert_allclose(np.delete(found, 2), 0.5)
+    np.testing.assert_allclose(informed(changes, 1e-12 * information, [0.5, 0.5]), found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("certain", [0.0, 1e-6, 3.0])
+@pytest.mark.parametrize("recipe", ["ffa", "fedsvd", "refresh", "rolora"])
+def test_equal_information_gives_the_plain_mean(recipe: str, certain: float) -> None:
+    shared, plain = shared_of(recipe, "fisher"), shared_of(recipe, "mean")
+    weights = np.arange(1.0, HONEST + BAD + 1) / np.arange(1.0, HONEST + BAD + 1).sum()
+    trained = shared.sent(1)
+    contributions = [
+        replace(c, weight=float(w), information=np.full(trained.size, certain, np.float32))
+        for c, w in zip(good(shared), weights, strict=True)
+    ]
+    state = shared.initial_state()
+    ours, theirs = (advance(s, state, state, {}, contributions, number=1)[0] for s in (shared, plain))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert size(theirs - advance(plain, state, state, {}, [], number=1)[0]) > 0.1
+
+
+def test_without_information_fisher_is_refused() -> None:
+    shared = shared_of("ffa", "fisher")
+    contributions = [replace(c, information=None) if k < 2 else c for k, c in enumerate(good(shared))]
+    state = shared.initial_state()
+    with pytest.raises(SpecError, match=r"2 of 10 nodes sent no Fisher information.*Nearest legal"):
+        advance(shared, state, state, {}, contributions, number=1)
+
+
+SOUPS = [recipe for recipe in RECIPES if legal(recipe, "greedy-soup")]
+
+
+def nearer_to(shared: SharedAdapter, honest: list[Contribution], asked: list[Flat] | None = None) -> Any:
+    """A score: how near an adapter is to what the mean of the honest nodes gives."""
+    plain = replace(shared, settings=shared.settings.model_copy(update={"aggregator": "mean"}))
+    state = shared.initial_state()
+    goal = deltas(shared, advance(plain, state, state, {}, honest, number=1)[0], 2)
+
+    def score(adapter: Flat) -> float:
+        if asked is not None:
+            asked.append(adapter)
+        tensors = {name: t.astype(np.float64) for name, t in shared.layout.split(adapter).items()}
+        products = [tensors[p.b.name] @ tensors[p.a.name] for p in shared.layout.pairs]
+        if shared.recipe.has_frozen:
+            frozen = [tensors[p.frozen[0]] @ tensors[p.frozen[1]] for p in shared.layout.pairs]
+            products = [p + f for p, f in zip(products, frozen, strict=True)]
+        distance = size(*(p - g for p, g in zip(products, goal, strict=False)))
+        return float("nan") if distance > 1e3 else -distance
+
+    return score
+
+
+def test_the_soup_is_for_recipes_that_average_tensors() -> None:
+    assert sorted(SOUPS) == ["diloco", "fedit", "fedsvd", "ffa", "refresh", "rolora"]
+
+
+@pytest.mark.parametrize("recipe", SOUPS)
+@pytest.mark.parametrize("kind", ["huge", "flipped"])
+def test_the_soup_leaves_a_poisoned_node_out(recipe: str, kind: str) -> None:
+    """The mean is the control. The adapters that are tried are those that would result: one of them is what comes."""
+    shared, plain = shared_of(recipe, "greedy-soup"), shared_of(recipe, "mean")
+    honest = good(shared)
+    bad, expected = attacked(honest, kind), after(plain, honest[:HONEST])
+    asked: list[Flat] = []
+    score, state = nearer_to(shared, honest[:HONEST], asked), shared.initial_state()
+    found = advance(shared, state, state, {}, bad, number=1, score=score)[0]
+    assert len(asked) == 2 * len(bad) + 1
+    assert any(np.allclose(shared.whole(found, 2), tried, atol=1e-5) for tried in asked)
+    assert moved(shared, after(plain, bad), expected) > 1.0
+    assert moved(shared, deltas(shared, found, 2), expected) < 0.4
+
+
+@pytest.mark.parametrize("recipe", SOUPS)
+def test_where_all_are_bad_the_soup_is_the_start(recipe: str) -> None:
+    shared, plain = shared_of(recipe, "greedy-soup"), shared_of(recipe, "mean")
+    honest, state = good(shared), shared.initial_state()
+    bad = [replace(c, change=-10 * c.change) for c in honest]
+    found, _, error = advance(shared, state, state, {}, bad, number=1, score=nearer_to(shared, honest))
+    np.testing.assert_allclose(found, advance(plain, state, state, {}, [], number=1)[0], atol=1e-6)
+    assert error <= 1e-6
+
+
+def test_the_soup_weighs_those_it_takes_alike_and_nan_is_the_worst() -> None:
+    scores = {1.0: 3.0, 2.0: float("nan"), 3.0: 1.0}
+    nodes = [Contribution(w, np.full(2, v, np.float32)) for w, v in ((0.7, 1.0), (0.2, 2.0), (0.1, 3.0))]
+
+    def score(change: Flat) -> float:
+        return scores.get(float(change[0]), 0.0)
+
+    assert [c.weight for c in souped(nodes, score)] == [1.0, 0.0, 0.0]
+    assert [c.weight for c in souped(nodes, lambda _: 1.0)] == pytest.approx([1 / 3] * 3)
+    assert [c.weight for c in souped(nodes, lambda c: -abs(float(c[0]) - 2.5))] == [0.0, 0.5, 0.5]
+    assert [c.weight for c in souped(nodes, lambda c: -float(c[0]))] == [0.0] * 3
+    assert [c.weight for c in souped(nodes[:1], score)] == [1.0]
+
+
+def test_without_a_score_the_soup_is_refused_at_the_start() -> None:
+    spec = fakes.spec_of("recipe.name=ffa", "recipe.aggregator=greedy-soup")
+    grid = fakes.FakeGrid(spec)
+    with pytest.raises(SpecError, match=r"cannot evaluate.*nearest legal"):
+        fakes.run(grid)
+    assert grid.sent == []
+    shared = shared_of("ffa", "greedy-soup")
+    state = shared.initial_state()
+    with pytest.raises(SpecError, match=r"cannot evaluate.*nearest legal"):
+        advance(shared, state, state, {}, good(shared), number=1)
+
+
+def test_a_run_of_soups_never_gets_worse() -> None:
+    """FakeGrid's nodes pull to random places, and the norm is judged: the mean's is the control."""
+    rows = {
+        rule: fakes.run(
+            fakes.FakeGrid(fakes.spec_of("recipe.name=ffa", f"recipe.aggregator={rule}"), scale=2.0),
+            evaluate=fakes.ends,
+        )[1]
+        for rule in ("mean", "greedy-soup")
+    }
+    losses = {rule: [float(row["evaluation"]["loss"]) for row in own] for rule, own in rows.items()}
+    start = fakes.ends(fakes.start())["loss"]
+    soups = [start, *losses["greedy-soup"]]
+    assert all(after_ <= before + 1e-6 for before, after_ in pairwise(soups))
+    assert max(losses["mean"]) > start
+
+
+def test_a_run_weighs_by_what_nodes_send_and_refuses_what_none_can_know() -> None:
+    """Node 4 is a million times as sure as node 5: the run is its own. Node 3 sends a negative number."""
+    sent: dict[int, Flat] = {}
+
+    def certain(update: Update) -> list[fakes.Answer]:
+        change = np.frombuffer(update.payload, np.float32)
+        sent[update.node] = change
+        information = np.full(len(change), {3: -1.0, 4: 1e3, 5: 1e-3}[update.node], np.float32)
+        return [replace(update, payload=update.payload + CODECS["bf16"].encode(information, ENTRIES, 0))]
+
+    spec = fakes.spec_of("recipe.name=ffa", "recipe.aggregator=fisher", "run.rounds=1")
+    coordinator, (row,) = fakes.run(fakes.FakeGrid(spec, certain, there=[3, 4, 5]))
+    assert (row["nodes"], row["refused"]) == (2, 1)
+    assert "Fisher information holds -1" in coordinator.store.refusals("run", 1)[0][1]
+    trained = coordinator.shared.sent(1)
+    start, end = (trained.join(fakes.LAYOUT.split(x)) for x in (fakes.start(), coordinator.adapter()))
+    np.testing.assert_allclose(end - start, sent[4], atol=1e-4)
+    assert size(sent[4] - sent[5]) > 0.1

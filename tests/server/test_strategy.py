@@ -323,6 +323,12 @@ def test_what_a_recipe_cannot_work_on_is_refused(recipe: str, initial: Tensors, 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("rule", ["fisher", "greedy-soup"])
+def test_what_a_stock_federation_lacks_is_refused_at_start(rule: str) -> None:
+    with pytest.raises(SpecError, match="Nearest legal"):
+        strategy_of("ffa", aggregator=rule)
+
+
 def test_fedit_takes_any_adapter() -> None:
     """The mean of what is trained needs no factors: DoRA's tensors are averaged each for itself."""
     adapters, metrics = run(strategy_of("fedit"), FakeGrid(), rounds=1, initial=record(dora()))
