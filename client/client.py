@@ -41,15 +41,24 @@ class Sites:
 
 
 @dataclass(frozen=True)
-class _Started:
-    """An assignment and what it starts from: `adapter` is the federation's, fp32 over the whole layout.
+class _Received:
+    """What a payload stands for: `adapter` is fp32 over the whole layout, `trained` the part of it that nodes train.
 
-    `replica` is the node's own, where it goes on from tensors of its own.
+    `fixed` is the rest, as bytes: members of a cohort share it.
     """
 
-    asked: Assignment
     adapter: Flat
+    trained: Flat
+    fixed: bytes
     rotations: Rotations
+
+
+@dataclass(frozen=True)
+class _Started:
+    """An assignment, the federation's adapter as it arrived, and the node's own where it goes on from its own tensors."""
+
+    asked: Assignment
+    received: _Received
     replica: Replica | None = None
 
 
@@ -132,10 +141,10 @@ class Client:
             return [_refused(asked, " ".join(self.objections)) for asked in assignments]
         alike: dict[tuple[int, bytes], list[_Started]] = {}
         for started in self._started(assignments):
-            alike.setdefault((started.asked.round, self._fixed(started)), []).append(started)
+            alike.setdefault((started.asked.round, started.received.fixed), []).append(started)
         updates: dict[Assignment, Update] = {}
         for cohort in alike.values():
-            self.adapted.write(cohort[0].adapter)
+            self.adapted.write(cohort[0].received.adapter)
             updates |= zip((started.asked for started in cohort), self._train(cohort), strict=True)
         return [updates[assignment] for assignment in assignments]
 
@@ -146,7 +155,7 @@ class Client:
         training leaves them so, and the node trains exactly an adapter of its own rank.
         """
         (started,) = self._started([assignment])
-        self.adapted.write(started.adapter)
+        self.adapted.write(started.received.adapter)
 
     def evaluate(self, node: int) -> Scores:
         """Scores of the adapter in the model on a node's own data.
@@ -170,31 +179,31 @@ class Client:
 
     def _started(self, assignments: Sequence[Assignment]) -> list[_Started]:
         """What each assignment's payload stands for; equal payloads are read once."""
-        adapters: dict[tuple[int, int, bytes], tuple[Flat, Rotations]] = {}
+        known: dict[tuple[int, int, bytes], _Received] = {}
         started = []
         for asked in assignments:
             rank = rank_of(self.spec, asked.node)
             if self.replicas is not None:
                 replica = self.replicas.arrive(asked, self._decoded(asked, rank))
                 adapter = self.adapted.layout.pad(replica.outer, self.replicas.trained)
-                started.append(_Started(asked, adapter, {}, replica))
+                started.append(_Started(asked, self._received(asked.round, adapter, {}), replica))
                 continue
             key = asked.round, rank, asked.payload
-            if key not in adapters:
+            if key not in known:
                 own = self.shared.delivered(asked.round, rank)
                 state = self.shared.received(asked.round).pad(self._decoded(asked, rank), own)
-                adapters[key] = self.shared.whole(state, asked.round), self.shared.rotations(state, asked.round)
-            started.append(_Started(asked, *adapters[key]))
+                rotations = self.shared.rotations(state, asked.round)
+                known[key] = self._received(asked.round, self.shared.whole(state, asked.round), rotations)
+            started.append(_Started(asked, known[key]))
         return started
 
     def _decoded(self, asked: Assignment, rank: int) -> Flat:
         return CODECS[self.spec.wire.downlink].decode(asked.payload, self.shared.delivered(asked.round, rank))
 
-    def _fixed(self, started: _Started) -> bytes:
-        """What of the adapter is not trained: members of a cohort share it."""
-        trained = self.shared.trained(started.asked.round)
-        fixed = AdapterLayout(t for t in self.adapted.layout.tensors if t.name not in trained.offsets)
-        return self.adapted.layout.cut(started.adapter, fixed).tobytes()
+    def _received(self, round_: int, adapter: Flat, rotations: Rotations) -> _Received:
+        layout, trained = self.adapted.layout, self.shared.trained(round_)
+        fixed = AdapterLayout(t for t in layout.tensors if t.name not in trained.offsets)
+        return _Received(adapter, layout.cut(adapter, trained), layout.cut(adapter, fixed).tobytes(), rotations)
 
     def _train(self, cohort: Sequence[_Started]) -> list[Update]:
         """Assignments of one round whose untrained tensors are in the model."""
@@ -236,10 +245,9 @@ class Client:
         own = self._own(asked.node)
         key = (self.spec.run.seed, asked.round, asked.node)
         batches = plan_batches(self.sites.examples.lengths[own], self.spec.local, *key)
-        start = self.adapted.layout.cut(started.adapter, self.shared.trained(asked.round))
         if self.spec.privacy.unit == "example":  # a private trainer draws each step's batch from all of them
             batches = [np.arange(len(own))] * len(batches)
-        return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]), start)
+        return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]), started.received.trained)
 
     def _feedback(self) -> Feedback | None:
         """What keeps a biased codec's leavings."""
@@ -301,14 +309,14 @@ class Client:
         change = self.shared.sent(asked.round).cut(change, own)
         if self.feedback is None:
             return uplink.encode(change, information, own, key)
-        return self.feedback.encode(asked, change, started.rotations, uplink.codec, key)
+        return self.feedback.encode(asked, change, started.received.rotations, uplink.codec, key)
 
     def _information(self, started: _Started, change: Flat) -> Flat:
         """How sure the node is of each value that it sends, where its training has come to."""
         assert self._forward is not None, "it is chosen before anything is trained"
         asked, trained = started.asked, self.shared.trained(started.asked.round)
         measure = FisherInformation(self.adapted, self._forward, trained, self.spec.local)
-        at = self.adapted.layout.cut(started.adapter, trained) + change
+        at = started.received.trained + change
         return measure.diagonal(self.sites.examples, drawn(self._own(asked.node), self.spec, asked), at)
 
 

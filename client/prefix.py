@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.cohort import close, tolerance_of, with_gradients
 from .tasks import Examples, Indices, Task
 
 PREFIX = "prefix"
@@ -115,7 +116,8 @@ def frozen_blocks(model: nn.Module, inputs: Mapping[str, Tensor]) -> FrozenBlock
     found = FrozenBlocks(model, blocks[:frozen])
     actual = model(**inputs, **{PREFIX: found.states(inputs)}).logits
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if all(_close(x, y) for x, y in zip(_gradients(actual, trained), _gradients(expected, trained), strict=True)):
+    pairs = zip(with_gradients(actual, trained), with_gradients(expected, trained), strict=True)
+    if all(close(x, y, tolerance_of(x.dtype)) for x, y in pairs):
         return found
     found.remove()
     return None
@@ -232,14 +234,3 @@ def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 def _is_constant(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() == 3 and not output.requires_grad
-
-
-def _gradients(logits: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-    gradients = torch.autograd.grad((logits * weights).sum(), trained, allow_unused=True)
-    return [logits.detach(), *(g for g in gradients if g is not None)]
-
-
-def _close(x: Tensor, y: Tensor) -> bool:
-    tolerance = 5e-2 if torch.finfo(x.dtype).bits < 32 else 1e-3
-    return x.shape == y.shape and bool((x - y).norm() <= tolerance * y.norm() + 1e-6)

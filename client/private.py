@@ -15,7 +15,7 @@ from ..kernels.cohort import Forward, Looped, Stack
 from ..privacy.events import GaussianEvent
 from ..privacy.example_level import ExampleLevel, example_level_of
 from ..privacy.noise import Floats, Values
-from ..privacy.randomness import Randomness, SecretRandomness, SimulationRandomness
+from ..privacy.randomness import Randomness, randomness_of
 from ..protocols.errors import PrivacyError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout
@@ -143,8 +143,6 @@ def private_trainer(
         return example_level_of(spec, len(member.batches[0]), trained.size, steps)
 
     def source(member: Member) -> Randomness:
-        if spec.privacy.noise == "secret":
-            return SecretRandomness()
-        return SimulationRandomness(derive(member.dropout_key, "private"))
+        return randomness_of(spec.privacy, derive(member.dropout_key, "private"))
 
     return PrivateTrainer(adapted, forward, trained, local, mechanism, source)

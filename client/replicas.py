@@ -12,13 +12,13 @@ A node that joins late, or has missed a round, does not know all of the federati
 fragment as it comes, and sends nothing until it has seen them all: `fragments` rounds at most.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..protocols.keys import derive
-from ..protocols.layout import AdapterLayout, Flat
+from ..protocols.layout import Flat
 from ..protocols.shared import SharedAdapter
 from ..protocols.update import Assignment
 from .tasks import Examples
@@ -66,9 +66,9 @@ class Replicas:
         layout = self.shared.delivered(asked.round)
         arrived = set(layout.offsets)
         outer, own = found.outer.copy(), found.own.copy()
-        _put(self.trained, outer, layout.split(received))
+        self.trained.put(outer, layout.split(received))
         late = {name: values for name, values in layout.split(received).items() if name in found.unseen}
-        _put(self.trained, own, late)
+        self.trained.put(own, late)
         return replace(found, own=own, outer=outer, unseen=found.unseen - arrived)
 
     def train(self, trainer: Trainer, examples: Examples, visits: Sequence[Visit]) -> list[tuple[Flat | None, Losses]]:
@@ -140,9 +140,3 @@ def _steps(
         replicas.append(replace(replica, own=own, moments=trained.moments or replica.moments))
         losses.append(trained.losses)
     return replicas, losses
-
-
-def _put(layout: AdapterLayout, flat: Flat, values: Mapping[str, Flat]) -> None:
-    tensors = layout.split(flat)
-    for name, own in values.items():
-        tensors[name][...] = own

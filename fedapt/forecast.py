@@ -6,9 +6,9 @@ from math import sqrt
 
 from .client.batches import steps_of
 from .privacy.accounting import spent
-from .privacy.events import Event
-from .privacy.example_level import example_level_of
-from .privacy.mechanism import mechanism_of
+from .privacy.example_level import ExampleLevel, example_level_of
+from .privacy.mechanism import Mechanism, mechanism_of
+from .promise import marked
 from .protocols.spec import RunSpec
 
 DROWNS = 3.0
@@ -39,8 +39,7 @@ class Forecast:
             f"{self.unit}-level, ε = {self.epsilon:.3g} at δ = {self.delta:g} in the end ({self.method}), "
             f"noise multiplier {self.noise_multiplier:.3g}, noise ÷ clip {self.noise_to_clip:.2g}"
         )
-        if not self.secret:
-            line = f"NOT private (simulation noise); with secret noise: {line}"
+        line = marked(line, self.secret)
         if self.noise_to_clip > DROWNS:
             line += (
                 f". Above {DROWNS:g} such a run cannot learn: allow more ε, train fewer parameters, or take more nodes "
@@ -58,33 +57,25 @@ def forecast(spec: RunSpec, sizes: Sequence[int], dimensions: int) -> Forecast:
     """
     privacy, rounds = spec.privacy, spec.run.rounds
     secret = privacy.noise == "secret"
-    event: Event
+    mechanism: Mechanism | ExampleLevel
     match privacy.unit:
         case "client":
-            protected = population = privacy.population or len(sizes)
-            central = mechanism_of(spec, population, dimensions)
-            events = [central.event(secret=secret)] * rounds
-            noise = central.noise_std * sqrt(dimensions) / central.expected
-            multiplier = central.noise_multiplier
+            protected = privacy.population or len(sizes)
+            mechanism, releases = mechanism_of(spec, protected, dimensions), rounds
         case "example":
-            protected = smallest = min(sizes)  # has the largest share of its examples in a batch
-            steps = rounds * steps_of(smallest, spec.local)
-            local = example_level_of(spec, smallest, dimensions, steps)
-            event = local.event(steps, secret=secret)
-            events, noise, multiplier = (
-                [event],
-                local.noise_std * sqrt(dimensions) / local.expected,
-                local.noise_multiplier,
-            )
+            protected = min(sizes)  # the smallest node has the largest share of its examples in a batch
+            releases = rounds * steps_of(protected, spec.local)
+            mechanism = example_level_of(spec, protected, dimensions, releases)
         case _:
             return Forecast("none")
-    account = spent(events, privacy.delta)
+    account = spent([mechanism.event(releases, secret=secret)], privacy.delta)
+    noise = mechanism.noise_std * sqrt(dimensions) / mechanism.expected
     return Forecast(
         privacy.unit,
         account.epsilon,
         privacy.delta,
         account.method,
-        multiplier,
+        mechanism.noise_multiplier,
         noise / privacy.clip,
         protected,
         secret,

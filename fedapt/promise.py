@@ -10,6 +10,11 @@ from .server.store import Row
 NOT_PRIVATE = "NOT private"
 
 
+def marked(line: str, private: bool) -> str:
+    """A statement of ε, and that it is none where the noise was seeded."""
+    return line if private else f"{NOT_PRIVATE} (simulation noise); with secret noise: {line}"
+
+
 @dataclass(frozen=True)
 class Promise:
     """(epsilon, delta) for one unit; epsilon is None where none is promised. `private` is False for seeded noise."""
@@ -23,7 +28,7 @@ class Promise:
         if self.unit == "none" or self.epsilon is None:
             return "no formal guarantee"
         line = f"{self.unit}-level, ε = {self.epsilon:.3g} at δ = {self.delta:g}"
-        return line if self.private else f"{NOT_PRIVATE} (simulation noise); with secret noise: {line}"
+        return marked(line, self.private)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

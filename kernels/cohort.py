@@ -12,7 +12,7 @@ Three forwards with one signature; each is slower than the one before, and none 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -163,7 +163,7 @@ def fastest(model: nn.Module, names: list[str], inputs: Inputs) -> Forward:
     Trying is the only honest test: a model may reorder its rows inside, and then no rule about its layers helps.
     """
     stack = _probe_stack(model, names)
-    tolerance = 5e-2 if torch.finfo(next(model.parameters()).dtype).bits < 32 else 1e-3
+    tolerance = tolerance_of(next(model.parameters()).dtype)
     reference = _logits_and_gradients(Looped(model), stack, inputs)
     for make in (lambda: Batched(model, names), lambda: Vmapped(model)):
         try:
@@ -171,7 +171,7 @@ def fastest(model: nn.Module, names: list[str], inputs: Inputs) -> Forward:
             result = _logits_and_gradients(candidate, stack, inputs)
         except (NotBatchableError, RuntimeError, ValueError, TypeError):
             continue
-        if all(_close(x, y, tolerance) for x, y in zip(result, reference, strict=True)):
+        if all(close(x, y, tolerance) for x, y in zip(result, reference, strict=True)):
             return candidate
     return Looped(model)
 
@@ -261,11 +261,21 @@ def _probe_stack(model: nn.Module, names: list[str]) -> Stack:
 
 
 def _logits_and_gradients(forward: Forward, stack: Stack, inputs: Inputs) -> list[Tensor]:
-    logits = forward(stack, inputs)
+    return with_gradients(forward(stack, inputs), list(stack.values()))
+
+
+def with_gradients(logits: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Logits, and the gradients of a weighted sum of them: what two ways of one forward must have in common."""
     weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-    gradients = torch.autograd.grad((logits * weights).sum(), list(stack.values()), allow_unused=True)
+    gradients = torch.autograd.grad((logits * weights).sum(), tensors, allow_unused=True)
     return [logits.detach(), *(g for g in gradients if g is not None)]
 
 
-def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far two ways of one forward may be apart, relative: rounding, and never a mistake."""
+    return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-3
+
+
+def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree, relative to the second."""
     return x.shape == y.shape and bool((x - y).norm() <= tolerance * y.norm() + 1e-6)

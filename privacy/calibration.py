@@ -11,7 +11,7 @@ from math import inf, sqrt
 
 from ..protocols.errors import PrivacyError
 from .accounting import MOST_MULTIPLIER, headline
-from .events import Event, GaussianEvent, Poisson, Sampling
+from .events import Event, GaussianEvent, Sampling, relation_of
 
 EXACT, COARSE = 1.0, 10.0
 TOLERANCE = 1e-3
@@ -63,7 +63,7 @@ def _check(epsilon: float) -> None:
 def _releases(multiplier: float, sampling: Sampling, rounds: int) -> GaussianEvent:
     return GaussianEvent(
         unit="client",  # the unit does not enter ε
-        relation="add-remove" if isinstance(sampling, Poisson) else "replace-one",
+        relation=relation_of(sampling),
         noise_std=multiplier,
         sensitivity=1.0,
         secret=True,

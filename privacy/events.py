@@ -55,6 +55,11 @@ class Everyone:
 Sampling = Poisson | FixedSize | Everyone
 
 
+def relation_of(sampling: Sampling) -> Relation:
+    """Under which relation a mechanism of ours states a draw (the table above); without one, the stricter."""
+    return "add-remove" if isinstance(sampling, Poisson) else "replace-one"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Noised:
     """What every event states.

@@ -18,7 +18,7 @@ from ..protocols.layout import Flat
 from ..protocols.spec import RunSpec
 from .calibration import noise_multiplier
 from .clipping import BIT_NOISE, AdaptiveClip, clip
-from .events import Everyone, FixedSize, GaussianEvent, Poisson, Relation, Sampling, sum_multiplier
+from .events import Everyone, FixedSize, GaussianEvent, Poisson, Relation, Sampling, relation_of, sum_multiplier
 from .noise import Grid, total
 from .randomness import Integers, Randomness
 from .sampling import everybody, fixed_size, poisson
@@ -48,7 +48,7 @@ class Mechanism:
 
     @property
     def relation(self) -> Relation:
-        return "add-remove" if isinstance(self.sampling, Poisson) else "replace-one"
+        return relation_of(self.sampling)
 
     @cached_property
     def grid(self) -> Grid:
@@ -60,8 +60,8 @@ class Mechanism:
         """Of each coordinate of the sum, in the unit of the change."""
         return self._sum_multiplier * self._changed * self.grid.sensitivity(self.clip.bound, self.dimensions)
 
-    def event(self, *, secret: bool) -> GaussianEvent:
-        """What one release costs. `secret` is that of the randomness which drew its noise."""
+    def event(self, count: int = 1, *, secret: bool) -> GaussianEvent:
+        """What `count` releases cost. `secret` is that of the randomness which drew its noise."""
         sensitivity = self._changed * self.grid.sensitivity(self.clip.bound, self.dimensions)
         return GaussianEvent(
             unit="client",
@@ -70,6 +70,7 @@ class Mechanism:
             sensitivity=sensitivity,
             secret=secret,
             sampling=self.sampling,
+            count=count,
         )
 
     def draw(self, nodes: Sequence[int], source: Randomness) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..protocols.keys import generator
+from ..protocols.spec import Privacy
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -56,3 +57,8 @@ class SimulationRandomness:
     def octets(self, count: int) -> bytes:
         """The next `count` bytes: uniform, and the same for everybody with this key."""
         return self._generator.bytes(count)
+
+
+def randomness_of(privacy: Privacy, key: int) -> Randomness:
+    """The operating system's; in a watermarked simulation, one that `key` repeats."""
+    return SecretRandomness() if privacy.noise == "secret" else SimulationRandomness(key)

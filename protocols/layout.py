@@ -139,6 +139,12 @@ class AdapterLayout:
             leading(tensors[name], values.shape)[...] = values
         return whole
 
+    def put(self, flat: Flat, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Write tensors of this layout into `flat`, in place."""
+        views = self.split(flat)
+        for name, values in tensors.items():
+            views[name][...] = values
+
     def select(self, roles: Collection[Role]) -> "AdapterLayout":
         """The layout of the tensors with these roles alone (offsets are counted anew)."""
         return AdapterLayout(t for t in self.tensors if t.role in roles)

@@ -93,7 +93,5 @@ def _merged(buffers: Buffers, moved: Buffers, whole: AdapterLayout, part: Adapte
     merged = {}
     for name, values in moved.items():
         merged[name] = buffers.get(name, np.zeros(whole.size, np.float32)).copy()
-        views = whole.split(merged[name])
-        for tensor, own in part.split(values).items():
-            views[tensor][...] = own
+        whole.put(merged[name], part.split(values))
     return merged

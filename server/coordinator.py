@@ -25,6 +25,7 @@ from ..protocols.update import Assignment, Description, Update, version_of
 from .admission import refusal
 from .advance import UNSCORED, Score, advance
 from .grid import Failure, NodeGrid
+from .optimizers import Buffers
 from .participation import draw
 from .private import CLIP, ClientLevel
 from .rounds import Contribution
@@ -249,16 +250,17 @@ class Coordinator:
     ) -> tuple[Snapshot, float, Sequence[Event]]:
         """The state after the round, the aggregation error, and what the round is charged with."""
         received = self._as_received(round_, before.state)
-        buffers, events = dict(before.buffers), []
+        buffers = {name: values for name, values in before.buffers.items() if name != CLIP}
+        clip: Buffers = {}
+        events: list[Event] = []
         contributions = self._contributions(updates, self.shared.sent(round_))
         if self.private is not None:
-            mean, buffers, event = self.private.release([c.change for c in contributions], buffers, round_)
+            mean, clip, event = self.private.release([c.change for c in contributions], before.buffers, round_)
             contributions, events = [Contribution(1.0, mean)], [event]
-        kept = {CLIP: buffers.pop(CLIP)} if CLIP in buffers else {}
         state, buffers, error = advance(
             self.shared, before.state, received, buffers, contributions, number=round_, score=self._score()
         )
-        return Snapshot(round_, state, buffers | kept), error, events
+        return Snapshot(round_, state, buffers | clip), error, events
 
     def _score(self) -> Score | None:
         """How good an adapter is on the data of `evaluate`: what makes a round the best makes an adapter the best."""

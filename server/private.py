@@ -8,7 +8,7 @@ import numpy as np
 from ..privacy.events import GaussianEvent
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import Mechanism, mechanism_of
-from ..privacy.randomness import Randomness, SecretRandomness, SimulationRandomness
+from ..privacy.randomness import Randomness, randomness_of
 from ..protocols.keys import derive
 from ..protocols.layout import Flat
 from ..protocols.spec import RunSpec
@@ -38,13 +38,11 @@ class ClientLevel:
         return self.mechanism.draw(nodes, self._source("draw", round_))
 
     def release(self, changes: Sequence[Flat], buffers: Buffers, round_: int) -> tuple[Flat, Buffers, GaussianEvent]:
-        """The noised mean change (fp32), the buffers with the next round's clip, and the event that charges it."""
-        buffers = dict(buffers)
-        mechanism = self._at(buffers.pop(CLIP, None))
+        """The noised mean change (fp32), the buffer of the next round's clip, if it adapts, and the event to charge."""
+        mechanism = self._at(buffers.get(CLIP))
         mean, after = mechanism.release(changes, self._source("noise", round_))
-        if after.adapts:
-            buffers[CLIP] = np.array([after.clip.bound], np.float32)
-        return mean, buffers, self._event(mechanism)
+        kept = {CLIP: np.array([after.clip.bound], np.float32)} if after.adapts else {}
+        return mean, kept, self._event(mechanism)
 
     def _at(self, bound: Flat | None) -> Mechanism:
         if bound is None:
@@ -55,7 +53,4 @@ class ClientLevel:
         return mechanism.event(secret=self.spec.privacy.noise == "secret")
 
     def _source(self, purpose: str, round_: int) -> Randomness:
-        """The operating system's; in a watermarked simulation one that a key repeats."""
-        if self.spec.privacy.noise == "secret":
-            return SecretRandomness()
-        return SimulationRandomness(derive(self.spec.run.seed, "privacy", purpose, round_))
+        return randomness_of(self.spec.privacy, derive(self.spec.run.seed, "privacy", purpose, round_))
