@@ -1,46 +1,38 @@
 """Example-level private training (DP-SGD): a Trainer whose steps are noised, with the same seam.
 
-The gradient of each drawn example is one member of a cohort: a stack of K copies of the same values, over one example
-each. What bounds, sums, noises and divides the gradients is `privacy/example_level.py`; SGD and AdamW then step on a
-noised gradient, which is post-processing (Abadi et al., arXiv 1607.00133, algorithm 1).
+What bounds, sums, noises and divides the gradients of drawn examples is `privacy/example_level.py`; SGD and AdamW then
+step on a noised gradient, which is post-processing (Abadi et al., arXiv 1607.00133, algorithm 1).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..kernels.cohort import Forward, Looped, Stack
+from ..kernels.cohort import Forward, Stack
 from ..privacy.events import GaussianEvent
 from ..privacy.example_level import ExampleLevel, example_level_of
-from ..privacy.noise import Floats, Values
+from ..privacy.noise import Values
 from ..privacy.randomness import Randomness, randomness_of
 from ..protocols.errors import PrivacyError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout
 from ..protocols.spec import Local, RunSpec
 from .adapted import AdaptedModel
-from .hooked import Hooked
-from .tasks import Batch, Examples, Indices, member_losses
-from .trainer import COHORT_TOKENS, Member, Trained, Trainer, _optimizer
-
-LONGER = 1.4
-"""How much longer than the shortest an example may be that runs beside it: padding costs more than another forward."""
-
-CHUNK_BYTES = 2**26
-"""What the gradients of the examples that run together may take."""
+from .example_gradients import ExampleGradients
+from .tasks import Examples
+from .trainer import Member, Trained, _optimizer
 
 
 @dataclass(frozen=True)
-class PrivateTrainer(Trainer):
+class PrivateTrainer(ExampleGradients):
     """Trains each member by DP-SGD, one after another.
 
     Each entry of `Member.batches` stands for one step, and holds ALL of the node's examples: what a step trains on is
-    drawn from them. `mechanism` gives a member's clip, noise and draw, and `source` its random bits. `hooks` take the
-    place of `forward` where they are given (`client/hooked.py`). Adapter dropout is not applied.
+    drawn from them. `mechanism` gives a member's clip, noise and draw, and `source` its random bits.
 
-    The loss of an example is the mean over its own targets. No loss leaves: `Trained.losses` is empty, (0,).
+    No loss leaves: `Trained.losses` is empty, (0,).
 
     Formal guarantees: a member's change has the privacy of `event(member)`, for gradients that depend on their own
     example alone; the companions of its chunk move one by the rounding of the matmuls, about 1e-7 of it.
@@ -48,7 +40,6 @@ class PrivateTrainer(Trainer):
 
     mechanism: Callable[[Member], ExampleLevel]
     source: Callable[[Member], Randomness]
-    hooks: Hooked | None = None
 
     def train(self, examples: Examples, cohort: Sequence[Member]) -> list[Trained]:
         """One Trained a member, in the order given.
@@ -76,39 +67,6 @@ class PrivateTrainer(Trainer):
             optimizer.step()
         change = (self._gathered(values, 0) - start)[0].cpu().numpy()
         return Trained(change, np.empty(0, np.float32))
-
-    def gradients(self, examples: Examples, values: Stack, batch: Indices) -> Iterator[Floats]:
-        """Per-example gradients of `batch`, by increasing length, some rows at a time, each (K, trained.size).
-
-        `values` is what is trained, as a stack of one.
-        """
-        for chunk in self._parts(examples, batch):
-            inputs = self.adapted.batch(examples, [chunk[i : i + 1] for i in range(len(chunk))])
-            each = self.hooks(values, inputs) if self.hooks else self._of_cohort(values, inputs)
-            yield self._gathered(each, 0).cpu().numpy()
-
-    def _of_cohort(self, values: Stack, batch: Batch) -> Stack:
-        """Each example is a member with the same values."""
-        count = len(batch.shapes)
-        stack = {name: one.detach().expand(count, *one.shape[1:]).requires_grad_() for name, one in values.items()}
-        losses = member_losses(self.adapted.task, self.forward(stack, batch.inputs), batch.labels, count)
-        gradients = torch.autograd.grad(losses.sum(), list(stack.values()), materialize_grads=True)
-        return dict(zip(stack, gradients, strict=True))
-
-    def _parts(self, examples: Examples, batch: Indices) -> Iterator[Indices]:
-        """The batch by increasing length, in parts of like length, within COHORT_TOKENS and CHUNK_BYTES, or of one."""
-        alone = isinstance(self.forward, Looped) and self.hooks is None
-        most = 1 if alone else CHUNK_BYTES // (4 * self.trained.size)
-        ordered = batch[np.argsort(examples.lengths[batch], kind="stable")]
-        lengths = examples.lengths[ordered]
-        first = 0
-        for i in range(1, len(ordered)):
-            fits = i - first < most and (i - first + 1) * lengths[i] <= COHORT_TOKENS
-            if not fits or lengths[i] > LONGER * lengths[first]:
-                yield ordered[first:i]
-                first = i
-        if len(ordered):
-            yield ordered[first:]
 
     def _give(self, values: Stack, gradient: Values) -> None:
         """Hand the optimizer a gradient over the trained layout."""

@@ -16,7 +16,7 @@ from scipy.stats import binom, chisquare
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedapt.client import private as private_module
+from fedapt.client import example_gradients as gradients_module
 from fedapt.client.adapted import AdaptedModel, adapt
 from fedapt.client.hooked import Hooked, hooks_that_agree
 from fedapt.client.private import PrivateTrainer
@@ -185,7 +185,7 @@ def test_parts_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("LONGER", 100, 1),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(private_module, name, value)
+            patch.setattr(gradients_module, name, value)
             found = len(list(trainer.gradients(examples, values_of(adapted, trainer.trained), batch)))
             assert found in (parts if isinstance(parts, range) else [parts])
             assert relative(gradients_of(trainer, examples, batch), reference) <= 1e-5
@@ -415,7 +415,7 @@ class Counting(PrivateTrainer):
 @pytest.mark.parametrize(("kind", "honest"), [(ExampleLevel, True), (FixedSize, False)])
 def test_batches_are_poisson_draws_of_the_nodes_own_examples(kind: type[ExampleLevel], honest: bool) -> None:
     plain_trainer = trainer_of(model_of("bert"), kind=kind, noise=1.0)
-    trainer = Counting(*(getattr(plain_trainer, name) for name in plain_trainer.__dataclass_fields__))
+    trainer = Counting(**{name: getattr(plain_trainer, name) for name in plain_trainer.__dataclass_fields__})
     object.__setattr__(trainer, "seen", [])
     own = np.arange(100, 130)
     member = Member([own] * 1000, 3)
@@ -503,7 +503,7 @@ def test_opacus_hooks_train_as_the_loop_does() -> None:
             SGD,
             lambda _: mechanism,
             lambda member: SimulationRandomness(member.dropout_key),
-            own,
+            hooks=own,
         )
         changes.append(trainer.train(examples, [member_of(12, 4, 1)])[0].change)
         assert np.array_equal(adapted.read(), before)
