@@ -13,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow check format proto clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ check: .venv/installed ## Lint and types alone
 format: .venv/installed ## Put the code into the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+proto: .venv/installed ## Generate the link's frames again from protocols/link.proto
+	cd typings && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedapt/protocols/link.proto
 
 clean: ## Remove what was installed and made
 	rm -rf .venv demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

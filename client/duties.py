@@ -1,0 +1,185 @@
+"""What the server has asked of this node, and what came of it: it outlives the streams over which it travels."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+from ..protocols import link
+from ..protocols import link_pb2 as pb
+from ..protocols.blobs import Assembly, digest
+from ..protocols.errors import FedaptError, PayloadError
+from ..protocols.outbox import Outbox
+from ..protocols.records import LONGEST_REASON
+from .kept import Kept
+
+logger = logging.getLogger(__name__)
+
+SHELF_BYTES = 1 << 30
+"""Of blobs that nothing asks for at the moment: the run's spec, the last adapters."""
+
+
+class Worker(Protocol):
+    """Who does the work. Both are called one at a time, beside the stream's loop."""
+
+    def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        """What comes of a question, and the payload that the result names. Raises FedaptError where it cannot be done."""
+
+    def exchange(self, body: bytes) -> bytes | None:
+        """The answer to a zeroth-order frame, if it asks for one."""
+
+
+class Duties:
+    """A node's open questions, in the order in which they came. All but the work runs in the stream's loop.
+
+    A question that was answered before is answered again from disk, and never worked on twice: no example is charged
+    twice for an answer that got lost.
+    """
+
+    def __init__(self, worker: Worker, kept: Kept, *, most_bytes: int = 1 << 30) -> None:
+        self.worker, self.kept, self.most_bytes = worker, kept, most_bytes
+        self._outbox: Outbox | None = None
+        self._open: dict[bytes, pb.Question] = {}
+        self._arriving: dict[bytes, Assembly] = {}
+        self._shelf: OrderedDict[bytes, bytes] = OrderedDict()
+        self._ready: asyncio.Queue[Callable[[], Callable[[], None]]] = asyncio.Queue()
+        self._started: set[bytes] = set()
+        self._payload: tuple[bytes, bytes] = b"", b""
+        self.state = "idle"
+
+    def enter(self, outbox: Outbox) -> None:
+        """A stream is open: announce what is kept."""
+        self._outbox = outbox
+        for result in self.kept:
+            self._put(pb.Up(result=result))
+
+    def leave(self) -> None:
+        self._outbox = None
+
+    def question(self, question: pb.Question) -> None:
+        """Do what is asked, once its blobs are here."""
+        found = self.kept.find(question.id)
+        if found is not None:
+            self._put(pb.Up(result=found[0]))
+            return
+        self._open[question.id] = question
+        if question.id not in self._started:
+            self._begin(question)
+
+    def chunk(self, chunk: pb.Chunk) -> None:
+        assembly = self._arriving.get(chunk.sha256)
+        if assembly is None:
+            return
+        fits = assembly.add(chunk.offset, chunk.data)
+        if assembly.complete:
+            del self._arriving[chunk.sha256]
+            self._store(chunk.sha256, assembly.take())
+            for question in [q for q in self._open.values() if q.id not in self._started]:
+                self._begin(question)
+        elif not fits:
+            self._want(assembly)
+
+    def want(self, want: pb.Want) -> None:
+        """Send a kept result's payload."""
+        if self._payload[0] != want.sha256:
+            found = next((r for r in self.kept if r.payload.sha256 == want.sha256), None)
+            whole = None if found is None else self.kept.find(found.question)
+            if whole is None:
+                return
+            self._payload = want.sha256, whole[1]
+        if self._outbox is not None:
+            self._outbox.send(want.sha256, self._payload[1], want.offset)
+
+    def received(self, received: pb.Received) -> None:
+        """The server has dealt with a question: nothing of it is needed any more."""
+        if received.reason:
+            logger.info("a question is closed: %s", received.reason)
+        self._open.pop(received.question, None)
+        self.kept.drop(received.question)
+
+    def exchange(self, body: bytes) -> None:
+        self._ready.put_nowait(partial(self._exchange, body))
+
+    async def run(self) -> None:
+        """Work on what is ready, for ever: one thing at a time, because there is one model."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "work") as thread:
+            while True:
+                work = await self._ready.get()
+                deliver = await loop.run_in_executor(thread, work)
+                deliver()
+
+    def _begin(self, question: pb.Question) -> None:
+        """Ask for the blobs that are missing; queue the question when there are none."""
+        missing = [blob for blob in (question.spec, question.payload) if not self._known(blob)]
+        for blob in missing:
+            if blob.size > self.most_bytes:
+                raise PayloadError(f"the server wants to send {blob.size} bytes; at most {self.most_bytes} are taken")
+            assembly = self._arriving.setdefault(blob.sha256, Assembly(blob.sha256, blob.size))
+            self._want(assembly)
+        if not missing:
+            self._started.add(question.id)
+            spec, payload = self._shelf[question.spec.sha256], self._shelf[question.payload.sha256]
+            self._ready.put_nowait(partial(self._work, question, spec, payload))
+
+    def _known(self, blob: pb.Blob) -> bool:
+        if blob.inline or blob.size == 0:
+            self._store(blob.sha256, blob.inline)
+        return blob.sha256 in self._shelf
+
+    def _store(self, sha256: bytes, data: bytes) -> None:
+        """Keep a blob; the oldest that no open question names make room."""
+        self._shelf[sha256] = data
+        self._shelf.move_to_end(sha256)
+        needed = {blob.sha256 for q in self._open.values() for blob in (q.spec, q.payload)} | {sha256}
+        held = sum(map(len, self._shelf.values()))
+        for old in [old for old in self._shelf if old not in needed]:
+            if held <= SHELF_BYTES:
+                return
+            held -= len(self._shelf.pop(old))
+
+    def _work(self, question: pb.Question, spec: bytes, payload: bytes) -> Callable[[], None]:
+        """In the work's thread: do it, and return what is left to do in the loop. What was withdrawn is not begun."""
+        if question.id not in self._open:
+            return partial(self._started.discard, question.id)
+        self.state = f"{pb.Kind.Name(question.kind).lower()} {question.run} round {question.round}"
+        try:
+            result, answer = self.worker.work(question, spec, payload)
+        except FedaptError as error:
+            logger.warning("%s: %s", self.state, error)
+            result, answer = _failed(question, str(error)), b""
+        except Exception as error:  # a resident process outlives a fault in one round, and says what it was
+            logger.exception("%s failed", self.state)
+            result, answer = _failed(question, f"{type(error).__name__}: {error}"), b""
+        self.state = "idle"
+        self.kept.keep(result, answer)
+        return partial(self._done, result, answer)
+
+    def _done(self, result: pb.Result, payload: bytes) -> None:
+        self._started.discard(result.question)
+        if self._open.pop(result.question, None) is None:  # withdrawn while it was worked on
+            self.kept.drop(result.question)
+            return
+        self._payload = result.payload.sha256, payload
+        self._put(pb.Up(result=result))
+
+    def _exchange(self, body: bytes) -> Callable[[], None]:
+        answer = self.worker.exchange(body)
+        if answer is None:
+            return lambda: None
+        return partial(self._put, pb.Up(answer=pb.Answer(body=answer)))
+
+    def _want(self, assembly: Assembly) -> None:
+        self._put(pb.Up(want=pb.Want(sha256=assembly.sha256, offset=assembly.have)))
+
+    def _put(self, frame: pb.Up) -> None:
+        if self._outbox is not None:
+            self._outbox.put(frame.SerializeToString())
+
+
+def _failed(question: pb.Question, reason: str) -> pb.Result:
+    empty = pb.Blob(sha256=digest(b""))
+    return pb.Result(question=question.id, kind=link.FAILED, reason=reason[:LONGEST_REASON], payload=empty)

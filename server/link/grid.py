@@ -1,0 +1,149 @@
+"""One run's nodes, reached over the link: the coordinator's narrow protocol, and a Flower grid through `messages.py`."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...protocols import link
+from ...protocols import link_pb2 as pb
+from ...protocols.blobs import digest
+from ...protocols.errors import PayloadError, RunError
+from ...protocols.spec import RunSpec
+from ...protocols.update import Assignment, Description, Update
+from ..grid import Failure
+from .desk import Answered, Asked
+from .hub import Hub
+from .messages import MessageGrid
+
+POLL_SECONDS = 0.2
+"""How often a wait looks whether it has been called off, or a node is gone for good; answers need no polling."""
+
+
+class StoppedError(Exception):
+    """The run was called off while its grid waited."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A node's own scores of an adapter."""
+
+    node: int
+    weight: float
+    metrics: Mapping[str, float]
+
+
+class LinkGrid(MessageGrid):
+    """The nodes of one run. `stopping`, once set, ends every wait with StoppedError.
+
+    An answer is acknowledged when the caller asks for the next one: by then it has been stored, or refused. A node keeps
+    what was not acknowledged, so nothing is lost between its disk and ours.
+    """
+
+    def __init__(self, hub: Hub, spec: RunSpec, *, stopping: threading.Event | None = None) -> None:
+        super().__init__()
+        self.hub, self.minimum = hub, max(1, spec.participation.minimum)
+        self.stopping = stopping or threading.Event()
+        # Where a site's data lies is its own affair, and where the server's lies is none of the site's.
+        self._spec = spec.model_copy(update={"data": None}).to_json().encode()
+        self._run = spec.run.name
+        self._mailbox: queue.SimpleQueue[Answered] = queue.SimpleQueue()
+        self._asked: dict[tuple[int, bytes], Assignment] = {}
+
+    def nodes(self) -> list[int]:
+        """The nodes that are here; waits until there are as many as the spec's `participation.minimum`."""
+        while len(found := self.hub.nodes()) < self.minimum:
+            if self.stopping.wait(POLL_SECONDS):
+                raise StoppedError
+        return found
+
+    def describe(self) -> Description:
+        """The model as the first node sees it that can say so.
+
+        Raises RunError with the reason of each where none can.
+        """
+        reasons = {}
+        for node in self.nodes():
+            self._ask(pb.DESCRIBE, [Assignment(self._run, 0, 1, node, digest(self._spec).hex(), b"")])
+            for answer in self._answers(self.hub.limits.absence * 10):
+                if answer.result.kind == "":
+                    return link.description_from_bytes(answer.payload)
+                reasons[node] = answer.result.reason
+        raise RunError(f"no node could describe its model: {reasons or 'none answered in time'}")
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        """Whoever sends again has dealt with what came before, and waits for no more of it."""
+        self._withdraw("the round is over")
+        self._ask(pb.TRAIN, assignments)
+
+    def replies(self, timeout: float) -> Iterator[Update | Failure]:
+        """Answers as they come, until all are in, `timeout` seconds have passed, or those missing are gone for good."""
+        for answer in self._answers(timeout):
+            yield self._read(answer)
+        for node in {node for node, _ in self._withdraw("the round is over")}:
+            gone = "the node has left" if self.hub.absence(node) else "no answer within the deadline"
+            yield Failure(node, gone)
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+        """Each node's scores of the adapter in its assignment, on its own data."""
+        self._ask(pb.EVALUATE, assignments)
+        for answer in self._answers(timeout):
+            if answer.result.kind == link.FAILED:
+                yield Failure(answer.node, answer.result.reason)
+            else:
+                yield Evaluated(answer.node, answer.result.weight, link.metrics(answer.result))
+        self._withdraw("the round is over")
+
+    def adopt(self, assignments: Sequence[Assignment]) -> None:
+        """Hand the run's final adapter to nodes, now or whenever they come back; waits for none of them."""
+        self._ask(pb.ADOPT, assignments)
+        self._asked.clear()
+
+    def _ask(self, kind: pb.Kind, assignments: Sequence[Assignment]) -> None:
+        """Ask all at once: nodes that are asked the same share its bytes."""
+        payloads: dict[bytes, pb.Blob] = {}
+        spec = link.blob(self._spec)
+        questions = []
+        for asked in assignments:
+            if asked.payload not in payloads:
+                payloads[asked.payload] = link.blob(asked.payload)
+            question = link.question(kind, asked, spec, payloads[asked.payload])
+            blobs = {spec.sha256: self._spec, question.payload.sha256: asked.payload}
+            self._asked[asked.node, question.id] = asked
+            questions.append(Asked(asked.node, question, blobs, self._mailbox.put))
+        self.hub.ask(questions)
+
+    def _answers(self, timeout: float) -> Iterator[Answered]:
+        """Each answer to what is open, closed once the caller has dealt with it."""
+        deadline = time.monotonic() + timeout
+        while self._asked and (left := deadline - time.monotonic()) > 0:
+            if self.stopping.is_set():
+                raise StoppedError
+            try:
+                answer = self._mailbox.get(timeout=min(left, POLL_SECONDS))
+            except queue.Empty:
+                if all(self.hub.absence(node) > self.hub.limits.absence for node, _ in self._asked):
+                    return
+                continue
+            if (answer.node, answer.result.question) not in self._asked:
+                continue  # withdrawn while it was on its way
+            yield answer
+            del self._asked[answer.node, answer.result.question]
+            self.hub.close(answer.node, [answer.result.question])
+
+    def _withdraw(self, reason: str) -> list[tuple[int, bytes]]:
+        """What nobody has answered is not asked any more."""
+        left = list(self._asked)
+        for node, question in left:
+            self.hub.close(node, [question], reason)
+        self._asked.clear()
+        return left
+
+    def _read(self, answer: Answered) -> Update | Failure:
+        if answer.result.kind == link.FAILED:
+            return Failure(answer.node, answer.result.reason)
+        try:
+            return link.update(answer.result, self._asked[answer.node, answer.result.question], answer.payload)
+        except PayloadError as error:
+            return Failure(answer.node, str(error))

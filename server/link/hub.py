@@ -1,0 +1,249 @@
+"""The server's end of the link: one port, one thread, every node's stream and the questions that are open."""
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import grpc
+from grpc.aio import ServicerContext
+
+from ...protocols import link
+from ...protocols import link_pb2 as pb
+from ...protocols.errors import OutputError, PayloadError
+from .desk import Asked, Desk
+from .door import Door
+from .limits import Limits
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+Context = ServicerContext[bytes, bytes]
+
+STOP_SECONDS = 2.0
+
+
+class Hub:
+    """Listens at `address` from `start` to `stop`. Its methods may be called from any thread.
+
+    `credentials` None is plaintext, which is refused but on a loopback address. Raises OutputError where the port cannot be had.
+    """
+
+    def __init__(
+        self, address: str, door: Door, *, credentials: grpc.ServerCredentials | None, limits: Limits | None = None
+    ) -> None:
+        if credentials is None and not is_loopback(address):
+            raise OutputError(f"{address}: without TLS the link listens on a loopback address alone")
+        self.address, self.door, self.credentials = address, door, credentials
+        self.limits = limits or Limits()
+        self.port = 0
+        self._desks: dict[int, Desk] = {}
+        self._sessions: dict[int, Session] = {}
+        self._streams: Counter[str] = Counter()
+        self._exchanged: Callable[[int, bytes], None] = lambda _node, _body: None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        bound: Future[int] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(bound)), name="link", daemon=True)
+        self._thread.start()
+        self.port = bound.result()
+
+    def stop(self, reason: str = "the server stops", after_seconds: float = 1.0) -> None:
+        """Take leave of all nodes, then close the port. They come back after about `after_seconds`."""
+        if self._thread is None:
+            return
+        self._loop.call_soon_threadsafe(self._stopping.set_result, pb.Bye(reason=reason, after_seconds=after_seconds))
+        self._thread.join()
+        self._thread = None
+
+    def nodes(self) -> list[int]:
+        """The nodes whose streams are open, ascending."""
+        return sorted(node for node, desk in list(self._desks.items()) if desk.present)
+
+    def absence(self, node: int) -> float:
+        """Seconds since a node was last here; 0 while it is."""
+        return float(self._call(lambda: self._desk(node).absence))
+
+    def ask(self, questions: Sequence[Asked]) -> None:
+        """Ask now, or as soon as the node is here."""
+
+        def ask() -> None:
+            for asked in questions:
+                self._desk(asked.node).ask(asked)
+
+        self._call(ask)
+
+    def close(self, node: int, questions: Iterable[bytes], reason: str = "") -> None:
+        """The questions are dealt with: the node may forget them."""
+
+        def close() -> None:
+            for question in questions:
+                self._desk(node).close(question, reason)
+
+        self._call(close)
+
+    def exchange(self, frames: Iterable[tuple[int, bytes]]) -> None:
+        """Send zeroth-order frames to those of their nodes that are here."""
+
+        def send() -> None:
+            for node, body in frames:
+                session = self._sessions.get(node)
+                if session is not None:
+                    session.outbox.put(pb.Down(exchange=pb.Exchange(body=body)).SerializeToString())
+
+        self._loop.call_soon_threadsafe(send)
+
+    def on_answer(self, answer: Callable[[int, bytes], None]) -> None:
+        """Who takes zeroth-order answers, called in the link's thread with the node and the frame's body."""
+        self._exchanged = answer
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """The function's result, computed in the link's thread."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def _desk(self, node: int) -> Desk:
+        if node not in self._desks:
+            self._desks[node] = Desk(node, self.limits)
+        return self._desks[node]
+
+    async def _serve(self, bound: "Future[int]") -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping: asyncio.Future[pb.Bye] = self._loop.create_future()
+        server = grpc.aio.server(options=self._options())
+        server.add_generic_rpc_handlers((self._handlers(),))
+        try:
+            if self.credentials is None:
+                port = server.add_insecure_port(self.address)
+            else:
+                port = server.add_secure_port(self.address, self.credentials)
+        except RuntimeError:
+            bound.set_exception(OutputError(f"{self.address}: the port cannot be had; is another server running?"))
+            return
+        await server.start()
+        bound.set_result(port)
+        watching = asyncio.ensure_future(self._revoking())
+        bye = await self._stopping
+        watching.cancel()
+        for session in list(self._sessions.values()):
+            session.close(pb.Down(bye=bye))
+        await server.stop(STOP_SECONDS)
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.max_receive_message_length", link.FRAME_BYTES),
+            ("grpc.server_handshake_timeout_ms", int(1000 * self.limits.connections_handshake)),
+            ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not take half of the nodes
+            ("grpc.max_metadata_size", 16 << 10),
+        ]
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        methods: dict[str, Any] = {
+            link.JOIN: grpc.unary_unary_rpc_method_handler(self._join),
+            link.OPEN: grpc.stream_stream_rpc_method_handler(self._open),
+        }
+        return grpc.method_handlers_generic_handler(link.SERVICE, methods)
+
+    async def _join(self, request: bytes, context: Context) -> bytes:
+        try:
+            asked = pb.JoinRequest.FromString(request)
+            peer = self.door.identify(context)
+            chain, name = await asyncio.to_thread(self.door.join, peer, asked.csr)
+        except (PayloadError, ValueError) as error:
+            logger.warning("a join was refused: %s", error)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error)[:500])
+        return pb.JoinReply(chain=chain, name=name).SerializeToString()
+
+    async def _open(self, _requests: Any, context: Context) -> None:
+        address = host_of(context.peer())
+        self._streams[address] += 1
+        try:
+            await self._admitted(context, address)
+        except (PayloadError, OverflowError, TimeoutError) as error:
+            await self._reject(context, str(error) or f"silent for {self.limits.silence:g} s", final=False)
+        except grpc.aio.UsageError:
+            pass  # the stream broke while something was written
+        finally:
+            self._streams[address] -= 1
+            if not self._streams[address]:
+                del self._streams[address]
+
+    async def _admitted(self, context: Context, address: str) -> None:
+        """Let the stream's peer in, if it may come in, and serve it."""
+        if self._streams[address] > self.limits.streams_per_address:
+            raise PayloadError(f"more than {self.limits.streams_per_address} streams from {address}")
+        peer = self.door.identify(context)
+        refusal = await asyncio.to_thread(self.door.refusal, peer)
+        if refusal is not None:
+            logger.warning("node %d is refused: %s", peer.node, refusal)
+            await self._reject(context, refusal, final=True)
+            return
+        await self._attended(peer, context)
+
+    async def _attended(self, peer: Any, context: Context) -> None:
+        async def read() -> bytes | None:
+            raw = await context.read()
+            return raw if isinstance(raw, bytes) else None
+
+        async def renew(peer: Any, csr: bytes) -> bytes:
+            return await asyncio.to_thread(self.door.renew, peer, csr)
+
+        session = Session(peer, self._desk(peer.node), self.limits, renew=renew, answer=self._answered)
+        before = self._sessions.get(peer.node)
+        if before is not None:  # the node lost that stream and this end has not noticed yet
+            before.close(pb.Down(bye=pb.Bye(reason="another stream of this node was opened")))
+        self._sessions[peer.node] = session
+        try:
+            await session.run(read, context.write)
+        finally:
+            if self._sessions.get(peer.node) is session:
+                del self._sessions[peer.node]
+
+    def _answered(self, node: int, body: bytes) -> None:
+        self._exchanged(node, body)
+
+    async def _reject(self, context: Context, reason: str, *, final: bool) -> None:
+        try:
+            await context.write(pb.Down(rejected=pb.Rejected(reason=reason[:500], final=final)).SerializeToString())
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
+            return
+
+    async def _revoking(self) -> None:
+        """Close the streams of nodes that may not have one any more, soon after that was decided elsewhere."""
+        seen = await asyncio.to_thread(self.door.changes)
+        while True:
+            await asyncio.sleep(self.limits.revocation_poll)
+            changes = await asyncio.to_thread(self.door.changes)
+            if changes == seen:
+                continue
+            seen = changes
+            for session in list(self._sessions.values()):
+                refusal = await asyncio.to_thread(self.door.refusal, session.peer)
+                if refusal is not None:
+                    logger.warning("node %d is let go: %s", session.peer.node, refusal)
+                    session.close(pb.Down(rejected=pb.Rejected(reason=refusal, final=True)))
+
+
+def host_of(peer: str) -> str:
+    """The address in gRPC's name of a peer, such as `ipv4:10.0.0.7:51234`."""
+    return peer.rpartition(":")[0].partition(":")[2]
+
+
+def is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host in {"localhost", "::1"} or host.startswith("127.")

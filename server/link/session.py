@@ -1,0 +1,110 @@
+"""One open stream: what a node's frames do, and what is written to it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ... import __version__
+from ...protocols import link
+from ...protocols import link_pb2 as pb
+from ...protocols.errors import PayloadError
+from ...protocols.identity import Peer
+from ...protocols.outbox import Outbox
+from .desk import Desk
+from .limits import Limits
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[], Awaitable[bytes | None]]
+Write = Callable[[bytes], Awaitable[None]]
+Answer = Callable[[int, bytes], None]
+Renew = Callable[[Peer, bytes], Awaitable[bytes]]
+
+
+class Session:
+    """A node's stream from its Hello on. It ends with the stream, with `close`, or when the node falls silent."""
+
+    def __init__(self, peer: Peer, desk: Desk, limits: Limits, *, renew: Renew, answer: Answer) -> None:
+        self.peer, self.desk, self.limits = peer, desk, limits
+        self._renew, self._answer = renew, answer
+        self.outbox = Outbox(lambda chunk: pb.Down(chunk=chunk).SerializeToString())
+        self._closed = asyncio.Event()
+        self._last: bytes | None = None
+
+    def close(self, frame: pb.Down) -> None:
+        """End the stream after this frame."""
+        self._last = frame.SerializeToString()
+        self._closed.set()
+
+    async def run(self, read: Read, write: Write) -> None:
+        """Serve the stream. Raises PayloadError where the node's first frame is no Hello that can be agreed with."""
+        protocol = await self._greeted(read)
+        beat = self.limits.beat
+        await write(
+            pb.Down(welcome=pb.Welcome(protocol=protocol, software=__version__, beat_seconds=beat)).SerializeToString()
+        )
+        self.desk.enter(self.outbox)
+        jobs = (self._reading(read), self._writing(write), self._closed.wait())
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._last is not None:
+                await self._farewell(tasks, write, self._last)
+            for task in done:
+                task.result()
+        finally:
+            self.desk.leave(self.outbox)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _farewell(self, tasks: list["asyncio.Future[Any]"], write: Write, last: bytes) -> None:
+        """One write at a time: the writer is stopped before the last frame goes out."""
+        tasks[1].cancel()
+        await asyncio.gather(tasks[1], return_exceptions=True)
+        await asyncio.wait_for(write(last), self.limits.hello)
+
+    async def _greeted(self, read: Read) -> int:
+        try:
+            raw = await asyncio.wait_for(read(), self.limits.hello)
+        except TimeoutError:
+            raise PayloadError(f"no Hello within {self.limits.hello:g} s") from None
+        frame = None if raw is None else link.read_up(raw)
+        if frame is None or frame.WhichOneof("frame") != "hello":
+            raise PayloadError("the first frame is no Hello")
+        return link.common_protocol(frame.hello)
+
+    async def _reading(self, read: Read) -> None:
+        while True:
+            raw = await asyncio.wait_for(read(), self.limits.silence)
+            if raw is None:
+                return
+            frame = link.read_up(raw)
+            if frame is not None and await self._handled(frame):
+                return
+
+    async def _handled(self, frame: pb.Up) -> bool:
+        """Whether the node has taken its leave."""
+        match frame.WhichOneof("frame"):
+            case "want":
+                self.desk.want(frame.want)
+            case "result":
+                self.desk.result(frame.result)
+            case "chunk":
+                self.desk.chunk(frame.chunk)
+            case "beat":
+                self.outbox.put(pb.Down(beat=pb.Beat()).SerializeToString())
+            case "answer":
+                self._answer(self.desk.node, frame.answer.body)
+            case "renew":
+                chain = await self._renew(self.peer, frame.renew.csr)
+                self.outbox.put(pb.Down(renewed=pb.Renewed(chain=chain)).SerializeToString())
+            case "bye":
+                logger.info("node %d leaves: %s", self.desk.node, frame.bye.reason or "no reason given")
+                return True
+        return False
+
+    async def _writing(self, write: Write) -> None:
+        while True:
+            await write(await self.outbox.next())
