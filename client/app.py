@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from ..protocols.records import (
     assignment_from_records,
     description_to_records,
+    evaluation_to_records,
     update_to_records,
 )
 from .client import Client
@@ -31,13 +32,8 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
         client = client_of(context)
         assignment = assignment_from_records(message.content)
         client.load(assignment)
-        metrics = client.evaluate(assignment.node).metrics(client.adapted.task)
-        records = RecordDict(
-            {
-                "metrics": MetricRecord(dict(metrics)),
-                "evaluated": ConfigRecord({"node": assignment.node, "version": assignment.version}),
-            }
-        )
-        return Message(records, reply_to=message)
+        scores = client.evaluate(assignment.node)
+        metrics = scores.metrics(client.adapted.task)
+        return Message(evaluation_to_records(assignment, len(scores.loss), metrics), reply_to=message)
 
     return app

@@ -11,15 +11,20 @@ from typing import Protocol
 from ..protocols import link
 from ..protocols import link_pb2 as pb
 from ..protocols.blobs import Assembly, digest
-from ..protocols.errors import FedaptError, PayloadError
+from ..protocols.errors import FedaptError
 from ..protocols.outbox import Outbox
 from ..protocols.records import LONGEST_REASON
 from .kept import Kept
+from .stopped import StoppedWork
 
 logger = logging.getLogger(__name__)
 
 SHELF_BYTES = 1 << 30
 """Of blobs that nothing asks for at the moment: the run's spec, the last adapters."""
+
+
+REST_SECONDS = 1.0
+"""How often a node that rests looks whether it may go on."""
 
 
 class Worker(Protocol):
@@ -28,8 +33,8 @@ class Worker(Protocol):
     def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
         """What comes of a question, and the payload that the result names. Raises FedaptError where it cannot be done."""
 
-    def exchange(self, body: bytes) -> bytes | None:
-        """The answer to a zeroth-order frame, if it asks for one."""
+    def exchange(self, body: bytes) -> bytes:
+        """The answer to a zeroth-order frame: there is one to each, because they are counted."""
 
 
 class Duties:
@@ -37,22 +42,41 @@ class Duties:
 
     A question that was answered before is answered again from disk, and never worked on twice: no example is charged
     twice for an answer that got lost.
+
+    Nothing is begun while `resting` gives a reason; `closed` hears of each question that the server has dealt with.
     """
 
-    def __init__(self, worker: Worker, kept: Kept, *, most_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        kept: Kept,
+        *,
+        most_bytes: int = 1 << 30,
+        resting: Callable[[], str] = lambda: "",
+        closed: Callable[[pb.Received], None] = lambda _: None,
+    ) -> None:
         self.worker, self.kept, self.most_bytes = worker, kept, most_bytes
+        self.resting, self.closed = resting, closed
         self._outbox: Outbox | None = None
         self._open: dict[bytes, pb.Question] = {}
         self._arriving: dict[bytes, Assembly] = {}
+        self._wanted: set[bytes] = set()  # on this stream: what two questions name is sent once
         self._shelf: OrderedDict[bytes, bytes] = OrderedDict()
         self._ready: asyncio.Queue[Callable[[], Callable[[], None]]] = asyncio.Queue()
         self._started: set[bytes] = set()
         self._payload: tuple[bytes, bytes] = b"", b""
         self.state = "idle"
 
+    @property
+    def standing(self) -> str:
+        """What the server hears in each beat: why nothing is begun, or what is being done."""
+        return self.resting() or self.state
+
     def enter(self, outbox: Outbox) -> None:
-        """A stream is open: announce what is kept."""
+        """A stream is open: announce what is kept. What was not begun the server asks again, if it still wants it."""
         self._outbox = outbox
+        self._wanted.clear()
+        self._open = {name: question for name, question in self._open.items() if name in self._started}
         for result in self.kept:
             self._put(pb.Up(result=result))
 
@@ -75,7 +99,7 @@ class Duties:
             return
         fits = assembly.add(chunk.offset, chunk.data)
         if assembly.complete:
-            del self._arriving[chunk.sha256]
+            self._forget(chunk.sha256)
             self._store(chunk.sha256, assembly.take())
             for question in [q for q in self._open.values() if q.id not in self._started]:
                 self._begin(question)
@@ -99,17 +123,28 @@ class Duties:
             logger.info("a question is closed: %s", received.reason)
         self._open.pop(received.question, None)
         self.kept.drop(received.question)
+        for sha256 in set(self._arriving) - self._needed():
+            self._forget(sha256)
+        self.closed(received)
 
     def exchange(self, body: bytes) -> None:
-        self._ready.put_nowait(partial(self._exchange, body))
+        self._ready.put_nowait(partial(self._exchange, body, self._outbox))
 
     async def run(self) -> None:
-        """Work on what is ready, for ever: one thing at a time, because there is one model."""
+        """Work on what is ready, for ever: one thing at a time, because there is one model.
+
+        Returns where the work was called off (StoppedWork).
+        """
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "work") as thread:
             while True:
                 work = await self._ready.get()
-                deliver = await loop.run_in_executor(thread, work)
+                while self.resting():
+                    await asyncio.sleep(REST_SECONDS)
+                try:
+                    deliver = await loop.run_in_executor(thread, work)
+                except StoppedWork:
+                    return
                 deliver()
 
     def _begin(self, question: pb.Question) -> None:
@@ -117,13 +152,22 @@ class Duties:
         missing = [blob for blob in (question.spec, question.payload) if not self._known(blob)]
         for blob in missing:
             if blob.size > self.most_bytes:
-                raise PayloadError(f"the server wants to send {blob.size} bytes; at most {self.most_bytes} are taken")
+                self._refuse(question, f"a blob of {blob.size} bytes; at most {self.most_bytes} are taken")
+                return
+        for blob in missing:
             assembly = self._arriving.setdefault(blob.sha256, Assembly(blob.sha256, blob.size))
-            self._want(assembly)
+            if blob.sha256 not in self._wanted:
+                self._wanted.add(blob.sha256)
+                self._want(assembly)
         if not missing:
             self._started.add(question.id)
             spec, payload = self._shelf[question.spec.sha256], self._shelf[question.payload.sha256]
             self._ready.put_nowait(partial(self._work, question, spec, payload))
+
+    def _refuse(self, question: pb.Question, reason: str) -> None:
+        result = _failed(question, reason)
+        self.kept.keep(result, b"")
+        self._done(result, b"")
 
     def _known(self, blob: pb.Blob) -> bool:
         if blob.inline or blob.size == 0:
@@ -134,17 +178,25 @@ class Duties:
         """Keep a blob; the oldest that no open question names make room."""
         self._shelf[sha256] = data
         self._shelf.move_to_end(sha256)
-        needed = {blob.sha256 for q in self._open.values() for blob in (q.spec, q.payload)} | {sha256}
+        needed = self._needed() | {sha256}
         held = sum(map(len, self._shelf.values()))
         for old in [old for old in self._shelf if old not in needed]:
             if held <= SHELF_BYTES:
                 return
             held -= len(self._shelf.pop(old))
 
+    def _needed(self) -> set[bytes]:
+        return {blob.sha256 for question in self._open.values() for blob in (question.spec, question.payload)}
+
+    def _forget(self, sha256: bytes) -> None:
+        """A blob that is here, or that nothing open names any more, arrives no longer."""
+        del self._arriving[sha256]
+        self._wanted.discard(sha256)
+
     def _work(self, question: pb.Question, spec: bytes, payload: bytes) -> Callable[[], None]:
         """In the work's thread: do it, and return what is left to do in the loop. What was withdrawn is not begun."""
         if question.id not in self._open:
-            return partial(self._started.discard, question.id)
+            return partial(self._skipped, question.id)
         self.state = f"{pb.Kind.Name(question.kind).lower()} {question.run} round {question.round}"
         try:
             result, answer = self.worker.work(question, spec, payload)
@@ -158,6 +210,11 @@ class Duties:
         self.kept.keep(result, answer)
         return partial(self._done, result, answer)
 
+    def _skipped(self, question: bytes) -> None:
+        self._started.discard(question)
+        if question in self._open:  # asked again meanwhile
+            self._begin(self._open[question])
+
     def _done(self, result: pb.Result, payload: bytes) -> None:
         self._started.discard(result.question)
         if self._open.pop(result.question, None) is None:  # withdrawn while it was worked on
@@ -166,11 +223,13 @@ class Duties:
         self._payload = result.payload.sha256, payload
         self._put(pb.Up(result=result))
 
-    def _exchange(self, body: bytes) -> Callable[[], None]:
-        answer = self.worker.exchange(body)
-        if answer is None:
-            return lambda: None
-        return partial(self._put, pb.Up(answer=pb.Answer(body=answer)))
+    def _exchange(self, body: bytes, outbox: Outbox | None) -> Callable[[], None]:
+        return partial(self._answered, self.worker.exchange(body), outbox)
+
+    def _answered(self, answer: bytes, outbox: Outbox | None) -> None:
+        """The server counts answers on each stream: one that was asked over another is not told."""
+        if outbox is self._outbox:
+            self._put(pb.Up(answer=pb.Answer(body=answer)))
 
     def _want(self, assembly: Assembly) -> None:
         self._put(pb.Up(want=pb.Want(sha256=assembly.sha256, offset=assembly.have)))

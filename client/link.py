@@ -3,23 +3,31 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 
-from .. import __version__
 from ..protocols import link
 from ..protocols import link_pb2 as pb
 from ..protocols.errors import FedaptError, PayloadError
 from ..protocols.outbox import Outbox
+from ..protocols.records import LONGEST_REASON
 from .duties import Duties
 
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS = 10.0
+FAREWELL_SECONDS = 2.0
 SILENT_BEATS = 4
 """Beats without an answer after which the stream is taken for dead."""
+
+BROKEN = (grpc.aio.AioRpcError, PayloadError, TimeoutError, OverflowError, asyncio.InvalidStateError)
+"""What ends a stream and not the node; the last is gRPC's for a write to a call that has just ended."""
+
+RENEW_SECONDS = 3600.0
+"""How often a node looks whether its certificate is to be renewed."""
 
 Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 
@@ -41,8 +49,21 @@ class Backoff:
         return random.SystemRandom().uniform(0.5, 1.0) * min(self.most, self.first * 2.0 ** min(tries, 30))
 
 
+class Renewal(Protocol):
+    """Who keeps the node's certificate. Both may read and write files."""
+
+    def due(self) -> bytes | None:
+        """A certificate request (PEM), if it is time for one."""
+
+    def accept(self, chain: bytes) -> None:
+        """Keep what came of it. Raises PayloadError where it is no certificate of this node."""
+
+
 class Link:
-    """A node's standing connection. `channel` makes a gRPC channel, anew for each try."""
+    """A node's standing connection. `channel` makes a gRPC channel, anew for each try: so a new certificate is used.
+
+    `metadata` goes with each stream. `renewal` None: there is no certificate.
+    """
 
     def __init__(
         self,
@@ -51,13 +72,24 @@ class Link:
         *,
         backoff: Backoff | None = None,
         connected: Callable[[bool, str], None] = lambda _up, _why: None,
+        metadata: Sequence[tuple[str, str]] = (),
+        renewal: Renewal | None = None,
     ) -> None:
         self.channel, self.duties, self.connected = channel, duties, connected
+        self.metadata, self.renewal = tuple(metadata), renewal
         self.backoff = backoff or Backoff()
         self._wait: float | None = None
+        self._tries = 0
+        self._leaving = ""
+        self._left = asyncio.Event()
+
+    def leave(self, reason: str) -> None:
+        """Take leave of the server, then let `run` return. To be called in the stream's loop."""
+        self._leaving = reason
+        self._left.set()
 
     async def run(self) -> None:
-        """Stay connected until cancelled. Raises RejectedError where the server says that no try will help."""
+        """Stay connected until `leave`, or until cancelled. Raises RejectedError where the server says that no try will help."""
         working = asyncio.ensure_future(self.duties.run())
         try:
             await self._connecting(working)
@@ -66,38 +98,39 @@ class Link:
             await asyncio.gather(working, return_exceptions=True)
 
     async def _connecting(self, working: "asyncio.Future[None]") -> None:
-        tries = 0
-        while True:
+        while not self._left.is_set():
             self._wait = None
             why = "the server has closed the stream"
             try:
-                if await self._connected(working):
-                    tries = 0
-            except (grpc.aio.AioRpcError, PayloadError, TimeoutError, OverflowError) as error:
+                await self._connected(working)
+            except BROKEN as error:
                 why = _why(error)
             if working.done():
                 working.result()
-            self.connected(False, why)
-            seconds = self.backoff(tries) if self._wait is None else self._wait * random.SystemRandom().uniform(1, 2)
+            self.connected(False, self._leaving or why)
+            if self._left.is_set():
+                return
+            # Two machines that hold the same key take the stream from each other, and must not do so without a pause.
+            seconds = self._wait * random.SystemRandom().uniform(1, 2) if self._wait else self.backoff(self._tries)
             logger.info("not connected (%s); next try in %.1f s", why, seconds)
-            tries += 1
-            await asyncio.sleep(seconds)
+            self._tries += 1
+            await _first(asyncio.sleep(seconds), self._left.wait())
 
-    async def _connected(self, working: "asyncio.Future[None]") -> bool:
-        """One stream, from its Hello to its end. Whether it got as far as Welcome."""
+    async def _connected(self, working: "asyncio.Future[None]") -> None:
+        """One stream, from its Hello to its end."""
         async with self.channel() as channel:
-            stream: Stream = channel.stream_stream(f"/{link.SERVICE}/{link.OPEN}")()
+            stream: Stream = channel.stream_stream(f"/{link.SERVICE}/{link.OPEN}")(metadata=self.metadata)
             try:
                 welcome = await asyncio.wait_for(self._greeted(stream), HELLO_SECONDS)
+                self._tries = 0
                 self.connected(True, "")
                 await self._serve(stream, welcome.beat_seconds, working)
             finally:
                 stream.cancel()
-        return True
 
     async def _greeted(self, stream: Stream) -> pb.Welcome:
         protocols = link.PROTOCOLS
-        hello = pb.Hello(oldest=protocols[0], newest=protocols[-1], software=__version__)
+        hello = pb.Hello(oldest=protocols[0], newest=protocols[-1], software=link.SOFTWARE)
         await stream.write(pb.Up(hello=hello).SerializeToString())
         frame = await self._read(stream)
         if frame is not None and frame.WhichOneof("frame") == "welcome":
@@ -111,9 +144,13 @@ class Link:
         jobs = [asyncio.ensure_future(self._reading(stream, SILENT_BEATS * beat))]
         jobs.append(asyncio.ensure_future(self._writing(stream, outbox)))
         jobs.append(asyncio.ensure_future(self._beating(outbox, beat)))
+        jobs.append(asyncio.ensure_future(self._renewing(outbox)))
+        jobs.append(asyncio.ensure_future(self._departing(outbox)))
         self.duties.enter(outbox)
         try:
             done, _ = await asyncio.wait([*jobs, working], return_when=asyncio.FIRST_COMPLETED)
+            if working in done and self._left.is_set():  # called off, because this node leaves
+                done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
                 job.result()
         finally:
@@ -121,6 +158,12 @@ class Link:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def _departing(self, outbox: Outbox) -> None:
+        """Ends the stream when it is time, if the server does not: it closes it when it has read the Bye."""
+        await self._left.wait()
+        outbox.put(pb.Up(bye=pb.Bye(reason=self._leaving[:LONGEST_REASON])).SerializeToString())
+        await asyncio.sleep(FAREWELL_SECONDS)
 
     async def _reading(self, stream: Stream, silence: float) -> None:
         while True:
@@ -138,6 +181,8 @@ class Link:
                     self.duties.received(frame.received)
                 case "exchange":
                     self.duties.exchange(frame.exchange.body)
+                case "renewed" if self.renewal is not None:
+                    await self._renewed(self.renewal, frame.renewed.chain)
                 case "bye":
                     self._wait = max(0.0, frame.bye.after_seconds)
                     raise PayloadError(f"the server takes its leave: {frame.bye.reason}")
@@ -161,7 +206,33 @@ class Link:
     async def _beating(self, outbox: Outbox, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            outbox.put(pb.Up(beat=pb.Beat(state=self.duties.state[: link.LONGEST_NAME])).SerializeToString())
+            outbox.put(pb.Up(beat=pb.Beat(state=self.duties.standing[: link.LONGEST_NAME])).SerializeToString())
+
+    async def _renewing(self, outbox: Outbox) -> None:
+        while True:
+            request = None if self.renewal is None else await asyncio.to_thread(self.renewal.due)
+            if request is not None:
+                outbox.put(pb.Up(renew=pb.Renew(csr=request)).SerializeToString())
+            await asyncio.sleep(RENEW_SECONDS)
+
+    async def _renewed(self, renewal: Renewal, chain: bytes) -> None:
+        try:
+            await asyncio.to_thread(renewal.accept, chain)
+        except FedaptError as error:
+            logger.error("the certificate could not be renewed: %s", error)
+        else:
+            logger.info("the certificate was renewed")
+
+
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Return when one of them has ended."""
+    jobs = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
 
 
 def _why(error: Exception) -> str:

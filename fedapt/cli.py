@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 # Before anything imports these libraries: no telemetry, no update checks, no bars of their own.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,7 +18,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import click
 import typer
 
+from .client_commands import clients
 from .protocols.errors import FedaptError, OutputError
+from .server_commands import nodes, run_commands, servers, tokens
 
 INTERRUPTED, USAGE = 130, 2
 
@@ -35,7 +37,12 @@ adapters = typer.Typer(
 )
 app.add_typer(adapters, name="adapter")
 runs = typer.Typer(no_args_is_help=True, help="Look at runs that have been made.")
+run_commands(runs)
 app.add_typer(runs, name="runs")
+app.add_typer(servers, name="server")
+app.add_typer(tokens, name="token")
+app.add_typer(nodes, name="node")
+app.add_typer(clients, name="client")
 ledgers = typer.Typer(no_args_is_help=True, help="What a run's releases, or a site's, have spent of its privacy.")
 app.add_typer(ledgers, name="ledger")
 
@@ -43,6 +50,7 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's spec (
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key; repeatable.")]
 LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a site's ledger file.")]
 Delta = Annotated[float, typer.Option(help="At which ε is stated; below 1 / the number of those who are protected.")]
+Engine = Literal["local", "ray"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else.")]
 
 
@@ -128,6 +136,8 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report, metrics and adapter; a run there goes on.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that train clients; 0: one a core.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="Where workers are: here, or on a Ray cluster.")] = "local",
     baselines: Annotated[bool, typer.Option(help="Also train centrally and alone, for comparison.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -139,7 +149,7 @@ def simulate(
     checked = RunSpec.load(spec, settings or ())
     folder = out or Path("runs") / checked.run.name
     with _watching(as_json) as watch:
-        result = run(checked, folder, watch)
+        result = run(checked, folder, watch, workers=workers, engine=engine)
         if baselines and result.outcome.complete:
             from .baselines import centralized, local_only
 
@@ -182,13 +192,14 @@ def audit(
     spec: SpecPath,
     settings: Settings = None,
     trials: Annotated[int, typer.Option(min=1000, help="Canaries to guess: more see a smaller fault.")] = 200_000,
+    membership: Annotated[int, typer.Option(min=0, help="Also attack the adapters of so many shadow runs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Attack a spec's client-level mechanism through the code that a run uses. Exit code 1 if its claim is refuted."""
+    """Attack a spec's private mechanism through the code that a run uses. Exit code 1 if its claim is refuted."""
     from .auditing import audit as make_audit
     from .protocols.spec import RunSpec
 
-    found = make_audit(RunSpec.load(spec, settings or ()), trials)
+    found = make_audit(RunSpec.load(spec, settings or ()), trials, membership)
     _emit(found.as_dict(), as_json, found.text())
     if not found.sound:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TypeVar, cast, get_args
 
 from google.protobuf.message import DecodeError
@@ -19,6 +20,9 @@ from .errors import PayloadError
 from .layout import AdapterLayout
 from .records import LONGEST_REASON
 from .update import Assignment, Description, Kind, Update
+
+SOFTWARE = version("fedapt")
+"""For the other side's log."""
 
 JOIN, OPEN = "Join", "Open"
 SERVICE = "fedapt.link.v1.Link"

@@ -14,11 +14,13 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRAIN: _ClassVar[Kind]
     EVALUATE: _ClassVar[Kind]
     ADOPT: _ClassVar[Kind]
+    EXCHANGE: _ClassVar[Kind]
 KIND_UNSPECIFIED: Kind
 DESCRIBE: Kind
 TRAIN: Kind
 EVALUATE: Kind
 ADOPT: Kind
+EXCHANGE: Kind
 
 class JoinRequest(_message.Message):
     __slots__ = ("csr",)

@@ -6,6 +6,7 @@ A payload travels as ONE uint8 array over the layout's flat index: each further 
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -91,8 +92,7 @@ def update_from_records(records: RecordDict) -> Update:
     config = _config(records, "update")
     kind = _field(config, "kind", str)
     weight = _field(config, "weight", float)
-    metrics = records.get("metrics", MetricRecord())
-    if kind not in get_args(Kind) or not math.isfinite(weight) or not isinstance(metrics, MetricRecord):
+    if kind not in get_args(Kind) or not math.isfinite(weight):
         raise PayloadError(f"not an update: kind {kind!r}, weight {weight!r}")
     return Update(
         run=_field(config, "run", str),
@@ -103,13 +103,23 @@ def update_from_records(records: RecordDict) -> Update:
         kind=cast(Kind, kind),
         weight=weight,
         payload=_bytes(records),
-        metrics={
-            name: float(value)
-            for name, value in metrics.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        },
+        metrics=_metrics(records),
         reason=_field(config, "reason", str)[:LONGEST_REASON],
     )
+
+
+def evaluation_to_records(asked: Assignment, examples: int, metrics: Mapping[str, float]) -> RecordDict:
+    """A node's scores of an adapter: means over its `examples`."""
+    fields = {"node": asked.node, "version": asked.version, "weight": float(examples)}
+    return RecordDict({"metrics": MetricRecord(dict(metrics)), "evaluated": ConfigRecord(fields)})
+
+
+def evaluation_from_records(records: RecordDict) -> tuple[float, dict[str, float]]:
+    """Number of examples, and the metrics that are finite. Raises PayloadError where the records are no scores."""
+    weight = _field(_config(records, "evaluated"), "weight", float)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise PayloadError(f"scores of {weight} examples")
+    return weight, _metrics(records)
 
 
 def description_to_records(description: Description) -> RecordDict:
@@ -134,6 +144,14 @@ def description_from_records(records: RecordDict) -> Description:
         raise PayloadError("not a description: the adapter's config is no JSON object")
     start = CODECS["fp32"].decode(_bytes(records), layout)
     return Description(layout=layout, start=start, config=adapter_config, base=_field(config, "base", str))
+
+
+def _metrics(records: RecordDict) -> dict[str, float]:
+    metrics = records.get("metrics", MetricRecord())
+    if not isinstance(metrics, MetricRecord):
+        raise PayloadError("the message's metrics are none")
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _payload(payload: bytes) -> ArrayRecord:

@@ -26,9 +26,9 @@ from .admission import refusal
 from .advance import UNSCORED, Score, advance
 from .grid import Failure, NodeGrid
 from .optimizers import Buffers
-from .participation import draw
+from .participation import draw, wanted
 from .private import CLIP, ClientLevel
-from .rounds import Contribution
+from .rounds import Contribution, evaluation_of
 from .settling import effective_rank
 from .store import Row, Snapshot, Store
 
@@ -98,6 +98,11 @@ class Coordinator:
         snapshot = self.store.snapshot(self.run, round_)
         return self.shared.whole(snapshot.state, snapshot.round + 1)
 
+    def farewells(self, nodes: Sequence[int]) -> list[Assignment]:
+        """What hands the run's adapter to nodes: the best round's, else the last's."""
+        snapshot = self.store.snapshot(self.run, self.best_round())
+        return list(self._assigned(snapshot.round + 1, snapshot.state, nodes).values())
+
     def best_round(self) -> int | None:
         """The round with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""
         return best_round(self.store.rows(self.run))
@@ -127,16 +132,10 @@ class Coordinator:
     def _round(self, rows: Sequence[Row]) -> Row:
         started = time.monotonic()
         round_, snapshot = len(rows), self.store.snapshot(self.run)
-        assignments = self._assign(round_, snapshot.state)
+        assignments = self._assigned(round_, snapshot.state, self._open(round_))
         failures = self._collect(round_, assignments)
         updates = self.store.contributions(self.run, round_)
-        if assignments and not updates:
-            reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
-            raise RunError(
-                f"round {round_}: none of {len(assignments)} nodes delivered an update within "
-                f"{self.spec.participation.deadline_seconds:g} s ({reasons[0] if reasons else 'no answer'}). "
-                "The round stays open: start the run again to go on with it."
-            )
+        self._require_enough(round_, len(assignments), len(updates), failures)
         after, error, events = self._release(snapshot, round_, [u for u in updates if u.kind == "delta"])
         adapter = self.shared.whole(after.state, round_ + 1)
         row: Row = {"round": round_}
@@ -156,10 +155,29 @@ class Coordinator:
             row |= self._epsilon(events)
             if self.evaluate is not None:
                 row["evaluation"] = dict(self.evaluate(adapter))
+            if self.spec.participation.evaluates:
+                row |= self._scored(round_, after.state)
         row["seconds"] = round(time.monotonic() - started, 4)
         best = best_round([*rows, row])
         self.store.commit(self.run, after, row, kept=[] if best is None else [best], events=events)
         return row
+
+    def _require_enough(self, round_: int, asked: int, updates: int, failures: Sequence[Failure]) -> None:
+        least = min(max(1, self.spec.participation.minimum), asked)
+        if updates >= least:
+            return
+        reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
+        raise RunError(
+            f"round {round_}: {updates} of {asked} nodes delivered an update within "
+            f"{self.spec.participation.deadline_seconds:g} s, and {least} are needed "
+            f"({reasons[0] if reasons else 'no answer'}). "
+            "The round stays open: start the run again to go on with it."
+        )
+
+    def _scored(self, round_: int, state: Flat) -> Row:
+        """How the nodes that are here find the adapter on their own data."""
+        asked = self._assigned(round_ + 1, state, self.grid.nodes())
+        return evaluation_of(self.grid.evaluate(list(asked.values()), self.spec.participation.deadline_seconds))
 
     def _private(self) -> ClientLevel | None:
         """Client-level privacy, over the number of clients that was public when the run began."""
@@ -198,11 +216,11 @@ class Coordinator:
             drawn = self.private.draw(nodes, round_)
         return self.store.open_round(self.run, round_, drawn)
 
-    def _assign(self, round_: int, state: Flat) -> dict[int, Assignment]:
-        """The round's assignments by node: nodes of a smaller rank get the leading components alone."""
+    def _assigned(self, round_: int, state: Flat, nodes: Sequence[int]) -> dict[int, Assignment]:
+        """A round's assignments by node: nodes of a smaller rank get the leading components alone."""
         packed: dict[int, tuple[bytes, str]] = {}
         assignments = {}
-        for node in self._open(round_):
+        for node in nodes:
             rank = rank_of(self.spec, node)
             if rank not in packed:
                 own = self.shared.delivered(round_, rank)
@@ -228,6 +246,7 @@ class Coordinator:
         if not waiting:
             return []
         failures = []
+        enough = wanted(len(assignments), self.spec.participation)
         self.grid.send(waiting)
         for reply in self.grid.replies(self.spec.participation.deadline_seconds):
             if isinstance(reply, Failure):
@@ -243,6 +262,8 @@ class Coordinator:
                 continue
             answered.add(reply.node)
             self.progress(Progress(round_, len(answered), len(assignments)))
+            if enough <= len(answered) < len(assignments):
+                break
         return failures
 
     def _release(

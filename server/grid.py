@@ -1,7 +1,7 @@
 """The narrow protocol by which the coordinator reaches nodes, and the adapter that gives it to any Flower grid."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,9 +12,11 @@ from flwr.serverapp import Grid
 from ..protocols.errors import PayloadError, RunError
 from ..protocols.records import (
     DESCRIBE,
+    EVALUATE,
     TRAIN,
     assignment_to_records,
     description_from_records,
+    evaluation_from_records,
     message,
     update_from_records,
 )
@@ -29,6 +31,15 @@ class Failure:
 
     node: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A node's scores of an adapter on its own data: a mean over `weight` examples."""
+
+    node: int
+    weight: float
+    metrics: Mapping[str, float]
 
 
 @runtime_checkable
@@ -46,6 +57,9 @@ class NodeGrid(Protocol):
 
     def replies(self, timeout: float) -> Iterator[Update | Failure]:
         """Answers to what was sent, as they come, until all are in or `timeout` seconds have passed."""
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+        """The nodes' scores of the adapters in the assignments, on their own data, as they come."""
 
 
 class FlowerGrid:
@@ -87,6 +101,11 @@ class FlowerGrid:
             if pending:
                 time.sleep(POLL_SECONDS)
 
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+        messages = [self._message(assignment_to_records(a), a.node, EVALUATE, str(a.round)) for a in assignments]
+        for reply in self.grid.send_and_receive(messages, timeout=timeout):
+            yield read_evaluation(reply)
+
     def _message(self, content: RecordDict, node: int, message_type: str, group: str = "") -> Message:
         created, run = time.time(), self.grid.run.run_id
         return message(
@@ -106,3 +125,15 @@ def read_reply(reply: Message) -> Update | Failure:
     if update.node != node:
         return Failure(node, f"the update names node {update.node}")
     return update
+
+
+def read_evaluation(reply: Message) -> Evaluated | Failure:
+    """A reply as the scores of the node it came from, or as a Failure that says why it holds none."""
+    node = reply.metadata.src_node_id
+    if reply.has_error():
+        return Failure(node, reply.error.reason or f"error {reply.error.code}")
+    try:
+        weight, metrics = evaluation_from_records(reply.content)
+    except PayloadError as error:
+        return Failure(node, str(error))
+    return Evaluated(node, weight, metrics)

@@ -1,5 +1,6 @@
 """Who trains in a round."""
 
+import math
 from collections.abc import Sequence
 
 from ..protocols.keys import derive, generator
@@ -9,7 +10,7 @@ from ..protocols.spec import Participation
 def draw(nodes: Sequence[int], participation: Participation, seed: int, round_: int) -> tuple[int, ...]:
     """The round's cohort, ascending, keyed by run and round.
 
-    `all` takes everybody; `fixed` takes `rate` of them without replacement, at least one; `poisson` takes each with
+    `all` takes everybody; `fixed` takes `rate` of them without replacement, at least one, and `spare` more; `poisson` takes each with
     probability `rate`, so a draw may be small or empty. Fewer than `minimum` are filled up at random.
     """
     everybody = sorted(nodes)
@@ -19,10 +20,22 @@ def draw(nodes: Sequence[int], participation: Participation, seed: int, round_: 
         case "all":
             chosen = len(everybody)
         case "fixed":
-            chosen = cohort_size(len(everybody), participation)
+            chosen = with_spare(cohort_size(len(everybody), participation), participation)
         case "poisson":
             chosen = int(random.binomial(len(everybody), participation.rate))
     return tuple(sorted(order[: max(chosen, min(participation.minimum, len(everybody)))]))
+
+
+def with_spare(size: int, participation: Participation) -> int:
+    """How many are drawn so that `size` of them are likely to answer."""
+    return math.ceil(size * (1 + participation.spare))
+
+
+def wanted(drawn: int, participation: Participation) -> int:
+    """How many answers end a round of `drawn` nodes: the slowest of those that were drawn as spares are not waited for."""
+    if participation.sampling != "fixed":
+        return drawn
+    return min(size for size in range(1, drawn + 1) if with_spare(size, participation) >= drawn) if drawn else 0
 
 
 def cohort_size(nodes: int, participation: Participation) -> int:

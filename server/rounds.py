@@ -1,13 +1,15 @@
 """The updates of a round beside what they started from, as a whole and module by module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..kernels.lowrank import LowRank, Matrix, weighted_sum
 from ..protocols.errors import SpecError
 from ..protocols.layout import AdapterLayout, Flat, Pair
+from .grid import Evaluated, Failure
 
 ROUNDING = 1e-9
 """What a sum of weights may miss of 1."""
@@ -23,6 +25,15 @@ class Contribution:
     change: Flat
     rank: int = 0
     information: Flat | None = None
+
+
+def evaluation_of(answers: Iterable[Evaluated | Failure]) -> dict[str, Any]:
+    """What nodes say of an adapter, as part of a round's row: the mean over all their examples."""
+    scores = [answer for answer in answers if isinstance(answer, Evaluated) and answer.weight > 0]
+    total = sum(score.weight for score in scores)
+    names = set.intersection(*(set(score.metrics) for score in scores)) if scores else set()
+    means = {name: sum(score.weight * score.metrics[name] for score in scores) / total for name in sorted(names)}
+    return {"federated": means | {"nodes": len(scores), "examples": total}}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What is asked of one node and what comes back: it outlives the node's streams, so a broken one goes on where it was."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class Desk:
         self._questions: dict[bytes, Asked] = {}
         self._answered: set[bytes] = set()
         self._arriving: dict[bytes, tuple[pb.Result, Assembly]] = {}
+        self._exchanges: deque[Callable[[bytes | None], None]] = deque()
 
     @property
     def present(self) -> bool:
@@ -53,6 +55,7 @@ class Desk:
 
     def enter(self, outbox: Outbox) -> None:
         """The node has opened a stream: what is open is asked again."""
+        self._cut_off()
         self._outbox = outbox
         for asked in self._questions.values():
             self._put(pb.Down(question=asked.question))
@@ -61,6 +64,7 @@ class Desk:
         """A stream has ended; another may have taken its place before."""
         if self._outbox is outbox:
             self._outbox, self._left = None, time.monotonic()
+            self._cut_off()
 
     def ask(self, asked: Asked) -> None:
         """Ask, or ask again for somebody else: an answer that has come counts for the one who asked last."""
@@ -81,6 +85,23 @@ class Desk:
                     self._outbox.forget(sha256)
         self._put(pb.Down(received=pb.Received(question=question, reason=reason)))
 
+    def exchange(self, body: bytes, deliver: Callable[[bytes | None], None]) -> None:
+        """Send a zeroth-order frame. `deliver` gets its answer, or None where the node is not here or leaves before.
+
+        A node answers each frame, in their order: so an answer need not say what it answers.
+        """
+        if self._outbox is None:
+            deliver(None)
+            return
+        self._exchanges.append(deliver)
+        self._put(pb.Down(exchange=pb.Exchange(body=body)))
+
+    def answer(self, body: bytes) -> None:
+        """Raises PayloadError for an answer to nothing."""
+        if not self._exchanges:
+            raise PayloadError("an answer to no exchange")
+        self._exchanges.popleft()(body)
+
     def want(self, want: pb.Want) -> None:
         """Send a blob of an open question; others are not for this node to see."""
         for asked in self._questions.values():
@@ -100,10 +121,14 @@ class Desk:
 
     def chunk(self, chunk: pb.Chunk) -> None:
         """A piece of a result. Pieces of what nobody waits for are dropped."""
-        for question, (result, assembly) in self._arriving.items():
+        for question, (result, assembly) in list(self._arriving.items()):  # two results can have the same bytes
             if assembly.sha256 == chunk.sha256:
                 self._take(question, result, assembly, chunk)
-                return
+
+    def _cut_off(self) -> None:
+        """What was exchanged over a stream that has ended is not answered any more."""
+        while self._exchanges:
+            self._exchanges.popleft()(None)
 
     def _announced(self, result: pb.Result) -> None:
         if result.payload.size > self.limits.result_bytes:
@@ -141,5 +166,9 @@ class Desk:
         self._questions[result.question].answer(Answered(self.node, result, payload))
 
     def _put(self, frame: pb.Down) -> None:
-        if self._outbox is not None:
+        if self._outbox is None:
+            return
+        try:
             self._outbox.put(frame.SerializeToString())
+        except OverflowError:  # its session ends with the next beat; its next stream is asked again
+            self.leave(self._outbox)

@@ -16,6 +16,9 @@ class Door(Protocol):
     def refusal(self, peer: Peer) -> str | None:
         """Why a peer may open no stream, or keep none; None where it may."""
 
+    def enter(self, peer: Peer) -> None:
+        """The peer's stream is open now."""
+
     def join(self, peer: Peer, csr: bytes) -> tuple[bytes, str]:
         """Certificate chain (PEM) and name for the holder of a token. Raises PayloadError where it is refused."""
 

@@ -1,37 +1,26 @@
 """One run's nodes, reached over the link: the coordinator's narrow protocol, and a Flower grid through `messages.py`."""
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from ...protocols import link
 from ...protocols import link_pb2 as pb
 from ...protocols.blobs import digest
 from ...protocols.errors import PayloadError, RunError
+from ...protocols.exchange import Answer, Exchange
 from ...protocols.spec import RunSpec
 from ...protocols.update import Assignment, Description, Update
-from ..grid import Failure
+from ..grid import Evaluated, Failure
 from .desk import Answered, Asked
+from .exchanging import Exchanges
 from .hub import Hub
 from .messages import MessageGrid
+from .stopped import POLL_SECONDS, StoppedError
 
-POLL_SECONDS = 0.2
-"""How often a wait looks whether it has been called off, or a node is gone for good; answers need no polling."""
-
-
-class StoppedError(Exception):
-    """The run was called off while its grid waited."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A node's own scores of an adapter."""
-
-    node: int
-    weight: float
-    metrics: Mapping[str, float]
+logger = logging.getLogger(__name__)
 
 
 class LinkGrid(MessageGrid):
@@ -50,6 +39,7 @@ class LinkGrid(MessageGrid):
         self._run = spec.run.name
         self._mailbox: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         self._asked: dict[tuple[int, bytes], Assignment] = {}
+        self._exchanges = Exchanges(hub, spec, self._spec, self.stopping)
 
     def nodes(self) -> list[int]:
         """The nodes that are here; waits until there are as many as the spec's `participation.minimum`."""
@@ -87,6 +77,7 @@ class LinkGrid(MessageGrid):
 
     def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
         """Each node's scores of the adapter in its assignment, on its own data."""
+        self._withdraw("the round is over")
         self._ask(pb.EVALUATE, assignments)
         for answer in self._answers(timeout):
             if answer.result.kind == link.FAILED:
@@ -95,12 +86,27 @@ class LinkGrid(MessageGrid):
                 yield Evaluated(answer.node, answer.result.weight, link.metrics(answer.result))
         self._withdraw("the round is over")
 
+    def exchange(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer | Failure]:
+        """Answers to a zeroth-order exchange as they come, until all are in or `timeout` seconds have passed."""
+        return self._exchanges.run(requests, timeout)
+
     def adopt(self, assignments: Sequence[Assignment]) -> None:
         """Hand the run's final adapter to nodes, now or whenever they come back; waits for none of them."""
-        self._ask(pb.ADOPT, assignments)
+        self._ask(pb.ADOPT, assignments, self._adopted)
         self._asked.clear()
 
-    def _ask(self, kind: pb.Kind, assignments: Sequence[Assignment]) -> None:
+    def _adopted(self, answer: Answered) -> None:
+        """In the link's thread: nobody waits for it."""
+        said = answer.result.reason or dict(link.metrics(answer.result)) or "without scores"
+        logger.info("node %d has the adapter of %s: %s", answer.node, self._run, said)
+        self.hub.close(answer.node, [answer.result.question])
+
+    def _ask(
+        self,
+        kind: pb.Kind,
+        assignments: Sequence[Assignment],
+        answer: Callable[[Answered], None] | None = None,
+    ) -> None:
         """Ask all at once: nodes that are asked the same share its bytes."""
         payloads: dict[bytes, pb.Blob] = {}
         spec = link.blob(self._spec)
@@ -111,7 +117,7 @@ class LinkGrid(MessageGrid):
             question = link.question(kind, asked, spec, payloads[asked.payload])
             blobs = {spec.sha256: self._spec, question.payload.sha256: asked.payload}
             self._asked[asked.node, question.id] = asked
-            questions.append(Asked(asked.node, question, blobs, self._mailbox.put))
+            questions.append(Asked(asked.node, question, blobs, answer or self._mailbox.put))
         self.hub.ask(questions)
 
     def _answers(self, timeout: float) -> Iterator[Answered]:

@@ -6,6 +6,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from ipaddress import ip_address
 from typing import Any, Self
 
 import grpc
@@ -14,6 +17,7 @@ from grpc.aio import ServicerContext
 from ...protocols import link
 from ...protocols import link_pb2 as pb
 from ...protocols.errors import OutputError, PayloadError
+from ...protocols.identity import Peer
 from .desk import Asked, Desk
 from .door import Door
 from .limits import Limits
@@ -22,6 +26,9 @@ from .session import Session
 logger = logging.getLogger(__name__)
 
 Context = ServicerContext[bytes, bytes]
+
+BROKEN = (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError)
+"""What gRPC raises where a stream breaks while something is written."""
 
 STOP_SECONDS = 2.0
 
@@ -43,7 +50,6 @@ class Hub:
         self._desks: dict[int, Desk] = {}
         self._sessions: dict[int, Session] = {}
         self._streams: Counter[str] = Counter()
-        self._exchanged: Callable[[int, bytes], None] = lambda _node, _body: None
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
 
@@ -72,6 +78,10 @@ class Hub:
         """The nodes whose streams are open, ascending."""
         return sorted(node for node, desk in list(self._desks.items()) if desk.present)
 
+    def known(self) -> list[int]:
+        """All nodes that were here since the start, ascending."""
+        return sorted(self._desks)
+
     def absence(self, node: int) -> float:
         """Seconds since a node was last here; 0 while it is."""
         return float(self._call(lambda: self._desk(node).absence))
@@ -83,7 +93,7 @@ class Hub:
             for asked in questions:
                 self._desk(asked.node).ask(asked)
 
-        self._call(ask)
+        self._loop.call_soon_threadsafe(ask)
 
     def close(self, node: int, questions: Iterable[bytes], reason: str = "") -> None:
         """The questions are dealt with: the node may forget them."""
@@ -92,22 +102,16 @@ class Hub:
             for question in questions:
                 self._desk(node).close(question, reason)
 
-        self._call(close)
+        self._loop.call_soon_threadsafe(close)
 
-    def exchange(self, frames: Iterable[tuple[int, bytes]]) -> None:
-        """Send zeroth-order frames to those of their nodes that are here."""
+    def exchange(self, frames: Sequence[tuple[int, bytes]], deliver: Callable[[int, bytes | None], None]) -> None:
+        """Send zeroth-order frames to their nodes; `deliver` gets each one's answer in the link's thread, or None."""
 
         def send() -> None:
             for node, body in frames:
-                session = self._sessions.get(node)
-                if session is not None:
-                    session.outbox.put(pb.Down(exchange=pb.Exchange(body=body)).SerializeToString())
+                self._desk(node).exchange(body, partial(deliver, node))
 
         self._loop.call_soon_threadsafe(send)
-
-    def on_answer(self, answer: Callable[[int, bytes], None]) -> None:
-        """Who takes zeroth-order answers, called in the link's thread with the node and the frame's body."""
-        self._exchanged = answer
 
     def _call(self, function: Callable[[], Any]) -> Any:
         """The function's result, computed in the link's thread."""
@@ -176,8 +180,8 @@ class Hub:
             await self._admitted(context, address)
         except (PayloadError, OverflowError, TimeoutError) as error:
             await self._reject(context, str(error) or f"silent for {self.limits.silence:g} s", final=False)
-        except grpc.aio.UsageError:
-            pass  # the stream broke while something was written
+        except BROKEN:
+            pass
         finally:
             self._streams[address] -= 1
             if not self._streams[address]:
@@ -188,14 +192,25 @@ class Hub:
         if self._streams[address] > self.limits.streams_per_address:
             raise PayloadError(f"more than {self.limits.streams_per_address} streams from {address}")
         peer = self.door.identify(context)
-        refusal = await asyncio.to_thread(self.door.refusal, peer)
-        if refusal is not None:
-            logger.warning("node %d is refused: %s", peer.node, refusal)
-            await self._reject(context, refusal, final=True)
-            return
-        await self._attended(peer, context)
+        session = self._session(peer, context)
+        before = self._sessions.get(peer.node)
+        # Registered before the door is asked: a revocation meets the stream there or here, and never in between.
+        self._sessions[peer.node] = session
+        try:
+            refusal = await asyncio.to_thread(self.door.refusal, peer)
+            if refusal is not None:
+                logger.warning("node %d is refused: %s", peer.node, refusal)
+                await self._reject(context, refusal, final=True)
+                return
+            if before is not None:  # the node lost that stream and this end has not noticed yet
+                before.close(pb.Down(bye=pb.Bye(reason="another stream of this node was opened")))
+            await asyncio.to_thread(self.door.enter, peer)
+            await session.run()
+        finally:
+            if self._sessions.get(peer.node) is session:
+                del self._sessions[peer.node]
 
-    async def _attended(self, peer: Any, context: Context) -> None:
+    def _session(self, peer: Peer, context: Context) -> Session:
         async def read() -> bytes | None:
             raw = await context.read()
             return raw if isinstance(raw, bytes) else None
@@ -203,40 +218,34 @@ class Hub:
         async def renew(peer: Any, csr: bytes) -> bytes:
             return await asyncio.to_thread(self.door.renew, peer, csr)
 
-        session = Session(peer, self._desk(peer.node), self.limits, renew=renew, answer=self._answered)
-        before = self._sessions.get(peer.node)
-        if before is not None:  # the node lost that stream and this end has not noticed yet
-            before.close(pb.Down(bye=pb.Bye(reason="another stream of this node was opened")))
-        self._sessions[peer.node] = session
-        try:
-            await session.run(read, context.write)
-        finally:
-            if self._sessions.get(peer.node) is session:
-                del self._sessions[peer.node]
-
-    def _answered(self, node: int, body: bytes) -> None:
-        self._exchanged(node, body)
+        desk = self._desk(peer.node)
+        return Session(peer, desk, self.limits, read=read, write=context.write, renew=renew)
 
     async def _reject(self, context: Context, reason: str, *, final: bool) -> None:
-        try:
-            await context.write(pb.Down(rejected=pb.Rejected(reason=reason[:500], final=final)).SerializeToString())
-        except (grpc.aio.UsageError, asyncio.InvalidStateError):
-            return
+        """Say why, unless the peer does not read that either."""
+        frame = pb.Down(rejected=pb.Rejected(reason=reason[:500], final=final)).SerializeToString()
+        with suppress(TimeoutError, *BROKEN):
+            await asyncio.wait_for(context.write(frame), self.limits.hello)
 
     async def _revoking(self) -> None:
         """Close the streams of nodes that may not have one any more, soon after that was decided elsewhere."""
-        seen = await asyncio.to_thread(self.door.changes)
+        seen: int | None = None
         while True:
+            try:
+                changes = await asyncio.to_thread(self.door.changes)
+                if changes != seen:
+                    await self._let_go()
+                seen = changes
+            except Exception:  # a database that is away for a moment must not end the watch
+                logger.exception("whether nodes were revoked cannot be seen; looking again")
             await asyncio.sleep(self.limits.revocation_poll)
-            changes = await asyncio.to_thread(self.door.changes)
-            if changes == seen:
-                continue
-            seen = changes
-            for session in list(self._sessions.values()):
-                refusal = await asyncio.to_thread(self.door.refusal, session.peer)
-                if refusal is not None:
-                    logger.warning("node %d is let go: %s", session.peer.node, refusal)
-                    session.close(pb.Down(rejected=pb.Rejected(reason=refusal, final=True)))
+
+    async def _let_go(self) -> None:
+        for session in list(self._sessions.values()):
+            refusal = await asyncio.to_thread(self.door.refusal, session.peer)
+            if refusal is not None:
+                logger.warning("node %d is let go: %s", session.peer.node, refusal)
+                session.close(pb.Down(rejected=pb.Rejected(reason=refusal, final=True)))
 
 
 def host_of(peer: str) -> str:
@@ -245,5 +254,9 @@ def host_of(peer: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
+    """Whether `host:port` is of this machine alone. A name that only looks like such an address is not."""
     host = address.rpartition(":")[0].strip("[]")
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ... import __version__
 from ...protocols import link
 from ...protocols import link_pb2 as pb
 from ...protocols.errors import PayloadError
@@ -18,16 +17,15 @@ logger = logging.getLogger(__name__)
 
 Read = Callable[[], Awaitable[bytes | None]]
 Write = Callable[[bytes], Awaitable[None]]
-Answer = Callable[[int, bytes], None]
 Renew = Callable[[Peer, bytes], Awaitable[bytes]]
 
 
 class Session:
     """A node's stream from its Hello on. It ends with the stream, with `close`, or when the node falls silent."""
 
-    def __init__(self, peer: Peer, desk: Desk, limits: Limits, *, renew: Renew, answer: Answer) -> None:
+    def __init__(self, peer: Peer, desk: Desk, limits: Limits, *, read: Read, write: Write, renew: Renew) -> None:
         self.peer, self.desk, self.limits = peer, desk, limits
-        self._renew, self._answer = renew, answer
+        self._read, self._write, self._renew = read, write, renew
         self.outbox = Outbox(lambda chunk: pb.Down(chunk=chunk).SerializeToString())
         self._closed = asyncio.Event()
         self._last: bytes | None = None
@@ -37,20 +35,25 @@ class Session:
         self._last = frame.SerializeToString()
         self._closed.set()
 
-    async def run(self, read: Read, write: Write) -> None:
+    async def run(self) -> None:
         """Serve the stream. Raises PayloadError where the node's first frame is no Hello that can be agreed with."""
-        protocol = await self._greeted(read)
+        protocol = await self._greeted()
+        if self._last is not None:  # closed before it began
+            await asyncio.wait_for(self._write(self._last), self.limits.hello)
+            return
         beat = self.limits.beat
-        await write(
-            pb.Down(welcome=pb.Welcome(protocol=protocol, software=__version__, beat_seconds=beat)).SerializeToString()
+        await self._write(
+            pb.Down(
+                welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat)
+            ).SerializeToString()
         )
         self.desk.enter(self.outbox)
-        jobs = (self._reading(read), self._writing(write), self._closed.wait())
+        jobs = (self._reading(), self._writing(), self._closed.wait())
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._last is not None:
-                await self._farewell(tasks, write, self._last)
+                await self._farewell(tasks, self._last)
             for task in done:
                 task.result()
         finally:
@@ -59,15 +62,15 @@ class Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _farewell(self, tasks: list["asyncio.Future[Any]"], write: Write, last: bytes) -> None:
+    async def _farewell(self, tasks: list["asyncio.Future[Any]"], last: bytes) -> None:
         """One write at a time: the writer is stopped before the last frame goes out."""
         tasks[1].cancel()
         await asyncio.gather(tasks[1], return_exceptions=True)
-        await asyncio.wait_for(write(last), self.limits.hello)
+        await asyncio.wait_for(self._write(last), self.limits.hello)
 
-    async def _greeted(self, read: Read) -> int:
+    async def _greeted(self) -> int:
         try:
-            raw = await asyncio.wait_for(read(), self.limits.hello)
+            raw = await asyncio.wait_for(self._read(), self.limits.hello)
         except TimeoutError:
             raise PayloadError(f"no Hello within {self.limits.hello:g} s") from None
         frame = None if raw is None else link.read_up(raw)
@@ -75,9 +78,9 @@ class Session:
             raise PayloadError("the first frame is no Hello")
         return link.common_protocol(frame.hello)
 
-    async def _reading(self, read: Read) -> None:
+    async def _reading(self) -> None:
         while True:
-            raw = await asyncio.wait_for(read(), self.limits.silence)
+            raw = await asyncio.wait_for(self._read(), self.limits.silence)
             if raw is None:
                 return
             frame = link.read_up(raw)
@@ -96,7 +99,7 @@ class Session:
             case "beat":
                 self.outbox.put(pb.Down(beat=pb.Beat()).SerializeToString())
             case "answer":
-                self._answer(self.desk.node, frame.answer.body)
+                self.desk.answer(frame.answer.body)
             case "renew":
                 chain = await self._renew(self.peer, frame.renew.csr)
                 self.outbox.put(pb.Down(renewed=pb.Renewed(chain=chain)).SerializeToString())
@@ -105,6 +108,6 @@ class Session:
                 return True
         return False
 
-    async def _writing(self, write: Write) -> None:
+    async def _writing(self) -> None:
         while True:
-            await write(await self.outbox.next())
+            await self._write(await self.outbox.next())

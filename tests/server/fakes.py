@@ -14,7 +14,7 @@ from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Description, Update, version_of
 from fedapt.server.coordinator import Coordinator
-from fedapt.server.grid import Failure
+from fedapt.server.grid import Evaluated, Failure
 from fedapt.server.store import MemoryStore, Row, Store
 
 LAYOUT = AdapterLayout(
@@ -83,6 +83,11 @@ class FakeGrid:
         """Not in the order of asking."""
         for assignment in reversed(self._waiting):
             yield from self.answer(self.train(assignment))
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+        """Node k holds k mod 3 examples, each with a loss of k."""
+        for asked in assignments:
+            yield Evaluated(asked.node, asked.node % 3, {"loss": float(asked.node)})
 
     def train(self, assignment: Assignment) -> Update:
         shared, round_, rank = shared_of(self.spec), assignment.round, rank_of(self.spec, assignment.node)

@@ -1,0 +1,145 @@
+"""Runs side by side over one link: each has a thread, goes on by itself after a crash, and ends when it is told to."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..protocols.errors import FedaptError, RunError
+from ..protocols.spec import RunSpec
+from .coordinator import Coordinator, Evaluate
+from .link.grid import LinkGrid
+from .link.hub import Hub
+from .link.stopped import StoppedError
+from .store import Row, Store
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
+"""Before a round that too few nodes have answered is asked again."""
+
+LOOK_SECONDS = 0.5
+"""How soon a run that was stopped or resumed from elsewhere is noticed."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the facade adds to a run: an evaluation of its adapter, and somebody who writes down what it does."""
+
+    evaluate: Evaluate | None = None
+    began: Callable[[Coordinator], None] = lambda _: None
+    row: Callable[[Row], None] = lambda _: None
+    ended: Callable[[Coordinator], None] = lambda _: None
+
+
+class HostedRun:
+    """One run, served in a thread of its own until it is finished, stopped or fails."""
+
+    def __init__(self, spec: RunSpec, hub: Hub, store: Store, hooks: Hooks) -> None:
+        self.spec, self.hub, self.store, self.hooks = spec, hub, store, hooks
+        self.stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name=f"run {spec.run.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Leave the run where it is: it goes on from there."""
+        self.stopping.set()
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+    def _serve(self) -> None:
+        name = self.spec.run.name
+        while True:
+            try:
+                self._run()
+                return
+            except StoppedError:
+                logger.info("run %s: left where it is", name)
+                return
+            except RunError as error:
+                logger.warning("run %s: %s", name, error)
+                if self.stopping.wait(RETRY_SECONDS):
+                    return
+            except FedaptError as error:
+                logger.error("run %s failed: %s", name, error)
+                self._set("failed", str(error))
+                return
+            except Exception:  # the other runs go on, and this one says what it was
+                logger.exception("run %s failed", name)
+                self._set("failed", "an error in the server: see its log")
+                return
+
+    def _run(self) -> None:
+        grid = LinkGrid(self.hub, self.spec, stopping=self.stopping)
+        coordinator = Coordinator(self.spec, grid, self.store, evaluate=self.hooks.evaluate)
+        self.hooks.began(coordinator)
+        for row in coordinator.rounds():
+            self.hooks.row(row)
+            if self.stopping.is_set():
+                raise StoppedError
+        self.hooks.ended(coordinator)
+        self._set("finished", "")
+        grid.adopt(coordinator.farewells(self.hub.known()))
+
+    def _set(self, status: str, reason: str) -> None:
+        if self.store.find(self.spec.run.name) is not None:
+            self.store.set_status(self.spec.run.name, status, reason)  # type: ignore[arg-type]
+
+
+class Host:
+    """All runs of a store, over one hub. `hooks` makes those of a run."""
+
+    def __init__(self, hub: Hub, store: Store, hooks: Callable[[RunSpec], Hooks] = lambda _: Hooks()) -> None:
+        self.hub, self.store, self.hooks = hub, store, hooks
+        self._hosted: dict[str, HostedRun] = {}
+
+    def begin(self, specs: Iterable[RunSpec]) -> None:
+        """Serve these, also where they were stopped before. Raises SpecError where one's name has another spec."""
+        for spec in specs:
+            name = spec.run.name
+            if self.store.find(name) is not None:
+                self.store.set_status(name, "running")
+            self._hosted[name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))
+
+    def serve(self, stopping: threading.Event, *, until_done: bool = False) -> None:
+        """Follow what the store says of each run until `stopping` is set, or, with `until_done`, until none is left."""
+        while not stopping.is_set():
+            self._follow()
+            if until_done and not any(run.alive for run in self._hosted.values()):
+                return
+            stopping.wait(LOOK_SECONDS)
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Leave all runs where they are; the next start goes on with them."""
+        deadline = time.monotonic() + seconds
+        for run in self._hosted.values():
+            run.stop()
+        for run in self._hosted.values():
+            run.join(max(0.0, deadline - time.monotonic()))
+
+    def _follow(self) -> None:
+        for state in self.store.runs():
+            run = self._hosted.get(state.name)
+            if state.status == "stopping":
+                self._stop(state.name, run)
+            elif state.status == "running" and (run is None or not run.alive):
+                self._resume(state.name)
+
+    def _stop(self, name: str, run: HostedRun | None) -> None:
+        if run is not None and run.alive:
+            run.stop()
+        else:
+            self.store.set_status(name, "stopped", "somebody asked for it")
+
+    def _resume(self, name: str) -> None:
+        found = self.store.find(name)
+        assert found is not None
+        logger.info("run %s goes on", name)
+        spec = RunSpec.model_validate_json(found[0])
+        self._hosted[name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))

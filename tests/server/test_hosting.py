@@ -1,0 +1,217 @@
+"""Runs over a real link: nodes in threads that do what `fakes.FakeGrid` does, so the right state is known without them."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from fedapt.client.duties import Duties
+from fedapt.client.kept import Kept
+from fedapt.client.link import Backoff, Link
+from fedapt.protocols import link
+from fedapt.protocols import link_pb2 as pb
+from fedapt.protocols.blobs import digest
+from fedapt.protocols.errors import RunError
+from fedapt.protocols.spec import RunSpec
+from fedapt.server.hosting import Hooks, Host
+from fedapt.server.link.doors import NAME_KEY, OpenDoor, named
+from fedapt.server.link.hub import Hub
+from fedapt.server.link.limits import Limits
+from fedapt.server.store import SqliteStore, Store
+
+from .fakes import FakeGrid, plain, run, spec_of
+
+NAMES = ("amber", "birch", "cedar")
+NODES = tuple(sorted(named(name).node for name in NAMES))
+
+
+class FakeSite:
+    """A Worker whose training is FakeGrid's."""
+
+    def __init__(self, name: str) -> None:
+        self.node = named(name).node
+        self.adopted: list[str] = []
+
+    def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        grid = FakeGrid(RunSpec.model_validate_json(spec))
+        asked = link.assignment(question, self.node, payload)
+        if question.kind == pb.TRAIN:
+            update = grid.train(asked)
+            return link.result(question, update), update.payload
+        if question.kind == pb.DESCRIBE:
+            described = link.description_to_bytes(grid.describe())
+            return pb.Result(question=question.id, payload=link.blob(described)), described
+        if question.kind == pb.ADOPT:
+            self.adopted.append(question.run)
+        (scores,) = grid.evaluate([asked], 1.0)
+        assert not hasattr(scores, "reason")
+        empty = pb.Blob(sha256=digest(b""))
+        metrics = {"loss": float(self.node)}
+        return pb.Result(question=question.id, weight=self.node % 3, metrics=metrics, payload=empty), b""
+
+    def exchange(self, body: bytes) -> bytes | None:
+        return None
+
+
+@contextmanager
+def site(port: int, name: str, folder: Path) -> Iterator[FakeSite]:
+    """A node's process, as far as the link goes, in a thread."""
+    worker = FakeSite(name)
+    loop = asyncio.new_event_loop()
+
+    def channel() -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+
+    dialled = Link(
+        channel, Duties(worker, Kept(folder / name)), backoff=Backoff(0.05, 0.2), metadata=((NAME_KEY, name),)
+    )
+    task = loop.create_task(dialled.run())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield worker
+
+    async def stop() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@contextmanager
+def federation(folder: Path, *names: str) -> Iterator[tuple[Hub, list[FakeSite]]]:
+    limits = Limits(beat=0.5, silence=5.0, absence=1.0)
+    with Hub("127.0.0.1:0", OpenDoor(), credentials=None, limits=limits) as hub:
+        contexts = [site(hub.port, name, folder) for name in names]
+        try:
+            yield hub, [context.__enter__() for context in contexts]
+        finally:
+            for context in contexts:
+                context.__exit__(None, None, None)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def serve(hub: Hub, store: Store, *specs: RunSpec, stopping: threading.Event | None = None) -> Host:
+    host = Host(hub, store, lambda _: Hooks())
+    host.begin(specs)
+    host.serve(stopping or threading.Event(), until_done=True)
+    return host
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    opened = SqliteStore(tmp_path / "store.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("recipe", ["fedsvd", "fedit", "flora"])
+def test_a_run_over_the_link_is_the_run_without_it(recipe: str, tmp_path: Path, store: SqliteStore) -> None:
+    spec = spec_of(f"recipe.name={recipe}", "run.name=over", "participation.minimum=3")
+    reference, _ = run(FakeGrid(spec, there=NODES))
+    with federation(tmp_path, *NAMES) as (hub, sites):
+        serve(hub, store, spec)
+        until(lambda: all(site.adopted == ["over"] for site in sites))
+    snapshot = store.snapshot("over")
+    assert snapshot.round == 3
+    np.testing.assert_array_equal(snapshot.state, reference.store.snapshot("over").state)
+    drop = ("seconds",)
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in drop} for row in plain(s.rows("over"))]
+        for s in (store, reference.store)
+    )
+    assert ours == theirs
+    assert store.status("over") == "finished"
+
+
+def test_two_runs_side_by_side(tmp_path: Path, store: SqliteStore) -> None:
+    specs = [
+        spec_of(f"run.name={name}", "participation.minimum=2", f"run.seed={seed}")
+        for name, seed in (("a", 1), ("b", 2))
+    ]
+    with federation(tmp_path, *NAMES[:2]) as (hub, _):
+        serve(hub, store, *specs)
+    assert [(state.name, state.status, state.rounds) for state in store.runs()] == [
+        ("a", "finished", 3),
+        ("b", "finished", 3),
+    ]
+
+
+def test_stopped_and_resumed_from_elsewhere(tmp_path: Path, store: SqliteStore) -> None:
+    spec = spec_of("run.name=long", "run.rounds=100000", "participation.minimum=1")
+    with federation(tmp_path, NAMES[0]) as (hub, _):
+        host, stopping = Host(hub, store), threading.Event()
+        host.begin([spec])
+        thread = threading.Thread(target=host.serve, args=(stopping,))
+        thread.start()
+        until(lambda: bool(store.runs()) and store.runs()[0].rounds > 2)
+        store.set_status("long", "stopping")
+        until(lambda: store.status("long") == "stopped")
+        rounds = store.runs()[0].rounds
+        time.sleep(0.3)
+        assert store.runs()[0].rounds == rounds, "nothing happens to a run that is stopped"
+        store.set_status("long", "running")
+        until(lambda: store.runs()[0].rounds > rounds)
+        stopping.set()
+        thread.join()
+        host.stop()
+    assert store.status("long") == "running", "a server that ends leaves its runs where they are"
+    assert [row["round"] for row in store.rows("long")] == list(range(len(store.rows("long"))))
+
+
+def test_a_run_that_cannot_go_on_fails_alone(tmp_path: Path, store: SqliteStore) -> None:
+    good, other = spec_of("run.name=good"), spec_of("run.name=taken")
+    with federation(tmp_path, NAMES[0]) as (hub, _):
+        serve(hub, store, other)
+        serve(hub, store, good, spec_of("run.name=taken", "run.seed=9"))
+    assert {state.name: state.status for state in store.runs()} == {"taken": "failed", "good": "finished"}
+    assert "another spec" in next(state.reason for state in store.runs() if state.name == "taken")
+
+
+def test_too_few_answers_leave_the_round_open(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two nodes fails at first: the round waits for it, and then goes on with what it had."""
+    spec = spec_of("run.name=two", "run.rounds=1", "participation.minimum=2", "participation.deadline_seconds=5")
+    monkeypatch.setattr("fedapt.server.hosting.RETRY_SECONDS", 0.1)
+    trained = FakeSite.work
+    tries: list[int] = []
+
+    def sometimes(self: FakeSite, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        if question.kind == pb.TRAIN:
+            tries.append(self.node)
+        if question.kind == pb.TRAIN and self.node == named("birch").node and tries.count(self.node) == 1:
+            raise RunError("out of memory")
+        return trained(self, question, spec, payload)
+
+    monkeypatch.setattr(FakeSite, "work", sometimes)
+    reference, _ = run(FakeGrid(spec, there=tuple(sorted(named(name).node for name in NAMES[:2]))))
+    with federation(tmp_path, *NAMES[:2]) as (hub, _):
+        serve(hub, store, spec)
+    assert tries.count(named("amber").node) == 1, "who has answered is not asked again"
+    np.testing.assert_array_equal(store.snapshot("two").state, reference.store.snapshot("two").state)
+
+
+def test_federated_evaluation(tmp_path: Path, store: SqliteStore) -> None:
+    spec = spec_of("run.name=scored", "participation.evaluates=true", "participation.minimum=3")
+    with federation(tmp_path, *NAMES) as (hub, _):
+        serve(hub, store, spec)
+    weights = [node % 3 for node in NODES]
+    mean = sum(weight * node for weight, node in zip(weights, NODES, strict=True)) / sum(weights)
+    for row in store.rows("scored")[1:]:
+        assert row["federated"]["loss"] == pytest.approx(mean)
+        assert row["federated"]["nodes"] == sum(weight > 0 for weight in weights)

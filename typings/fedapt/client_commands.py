@@ -1,0 +1,1 @@
+../../fedapt/client_commands.py

@@ -1,0 +1,1 @@
+../../fedapt/exchange_planning.py

@@ -1,0 +1,1 @@
+../../fedapt/server_commands.py

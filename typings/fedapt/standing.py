@@ -1,0 +1,1 @@
+../../fedapt/standing.py
