@@ -26,7 +26,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
-    MetaData,
     create_engine,
     func,
     insert,
@@ -91,14 +90,23 @@ def _begin(_table: Any, connection: Connection, **_options: Any) -> None:
     connection.execute(insert(Head).values(id=1, count=0, hash=GENESIS))
 
 
-def _close(_table: Any, connection: Connection, **_options: Any) -> None:
-    """Rows can be added and nothing else: by mistake at least, since a trigger can be dropped."""
+def append_only(connection: Connection, table: str) -> None:
+    """From now on rows can be added to the table and nothing else: by mistake at least, as a trigger can be dropped."""
+    refusal = f"the table {table} is append-only"
     if connection.dialect.name == "sqlite":
-        for action in ("UPDATE", "DELETE"):
-            connection.exec_driver_sql(
-                f"CREATE TRIGGER ledger_refuses_{action.lower()} BEFORE {action} ON ledger "
-                "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-            )
+        actions, body = ["UPDATE", "DELETE"], f"BEGIN SELECT RAISE(ABORT, '{refusal}'); END"
+    else:
+        actions, body = ["UPDATE", "DELETE", "TRUNCATE"], f"EXECUTE FUNCTION {table}_refuses()"
+        connection.exec_driver_sql(
+            f"CREATE FUNCTION {table}_refuses() RETURNS trigger LANGUAGE plpgsql "
+            f"AS $$ BEGIN RAISE EXCEPTION '{refusal}'; END $$"
+        )
+    for action in actions:
+        connection.exec_driver_sql(f"CREATE TRIGGER {table}_refuses_{action.lower()} BEFORE {action} ON {table} {body}")
+
+
+def _close(_table: Any, connection: Connection, **_options: Any) -> None:
+    append_only(connection, "ledger")
 
 
 sql_event.listen(Head.__table__, "after_create", _begin)
@@ -140,9 +148,13 @@ def append(session: Session, run: str, round_: int, events: Sequence[Event | Cha
 
 
 def locked(session: Session) -> Head:
-    """The head, for this transaction alone: it is written before it is read, because only a write takes the lock."""
-    session.execute(update(Head).where(Head.id == 1).values(count=Head.count))
-    return session.get_one(Head, 1)
+    """The head, for this transaction alone: others that ask for it wait until this one has ended.
+
+    PostgreSQL locks the row as it is read. SQLite leaves FOR UPDATE out, and locks the file at the first write.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        session.execute(update(Head).where(Head.id == 1).values(count=Head.count))
+    return session.get_one(Head, 1, with_for_update=True)
 
 
 def charged(session: Session, *conditions: ColumnElement[bool]) -> dict[str, int]:
@@ -174,6 +186,8 @@ class Chain:
         """Read both as they stood at one moment; the session must be a new one, because that takes a transaction."""
         if session.get_bind().dialect.name == "sqlite":
             session.connection().exec_driver_sql("BEGIN")  # the driver would begin at a write alone
+        else:
+            session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         entries = session.scalars(select(Entry).order_by(Entry.sequence)).all()
         return cls(entries, session.get(Head, 1))
 
@@ -199,11 +213,11 @@ class Chain:
             return Fault(count, f"ends another chain: no row has the hash {noted}")
         return None
 
-    def require(self, path: Path) -> None:
+    def require(self, where: Path | str) -> None:
         """Raises PrivacyError where there is a fault: nothing may be charged on top of it, and no ε follows from it."""
         if (fault := self.verify()) is not None:
             raise PrivacyError(
-                f"{path}: the ledger's {fault}. What has been spent is not known: restore the file from a copy that "
+                f"{where}: the ledger's {fault}. What has been spent is not known: restore the file from a copy that "
                 "`fedapt ledger verify` finds whole"
             )
 
@@ -224,24 +238,32 @@ def _misfit(entry: Entry, sequence: int, previous: str) -> str | None:
     return None
 
 
-def opened(path: Path, *others: MetaData) -> Engine:
-    """An SQLite file with a ledger and the tables `others`; a commit is on disk when it returns, and readers never wait.
+def opened(path: Path) -> Engine:
+    """A site's own file: `durable`, with the tables of a ledger and nothing else.
 
     Missing tables are made in one transaction, so a crash leaves none without its first row. Raises SQLAlchemy's
     DatabaseError where the file cannot be used, and PrivacyError where the ledger's chain is broken.
     """
-    engine = create_engine(URL.create("sqlite", database=str(path)))
-    sql_event.listen(engine, "connect", _durable)
+    engine = durable(path)
     try:
         with engine.begin() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # of itself the driver begins at the first row, not here
-            for metadata in (Tables.metadata, *others):
-                metadata.create_all(connection)
+            Tables.metadata.create_all(connection)
         with Session(engine) as session:
             Chain.of(session).require(path)
     except (DatabaseError, PrivacyError):
         engine.dispose()
         raise
+    return engine
+
+
+def durable(path: Path) -> Engine:
+    """An SQLite file in which a commit is on disk when it returns, and readers never wait.
+
+    What is stored never stands in the text of an error: it may be of somebody's data.
+    """
+    engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
+    sql_event.listen(engine, "connect", _durable)
     return engine
 
 

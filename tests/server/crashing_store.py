@@ -1,7 +1,7 @@
 """A process to be killed: for each line on stdin it forks a child that commits rounds to a store without end.
 
-A line is `KIND POINT PATH`: a class below, the write of the child at which it kills itself (0: never), the store's
-file. The process says `pid N`, the child says `N` after each commit, and `dead` comes when the child is gone.
+A line is `KIND POINT WHERE`: a class below, the write of the child at which it kills itself (0: never), and the store as
+`open_store` takes it. The process says `pid N`, the child says `N` after each commit, and `dead` comes when the child is gone.
 """
 
 import os
@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,39 +19,49 @@ from sqlalchemy.orm import Session
 from fedapt.privacy.chain import Charge, append
 from fedapt.privacy.events import Event, Everyone, GaussianEvent
 from fedapt.protocols.update import Update
-from fedapt.server.store import Row, Snapshot, SqliteStore
+from fedapt.server.store import Row, Snapshot, SqlStore, open_store
 
 EVENT = GaussianEvent(
     unit="client", relation="add-remove", noise_std=2.0, sensitivity=0.5, secret=True, sampling=Everyone()
 )
 
 
-class ChargesAfter(SqliteStore):
+class Wrapped:
+    """A store that does something of its own at a commit."""
+
+    def __init__(self, store: "SqlStore | Wrapped") -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def charge(self, run: str, round_: int, events: Sequence[Event | Charge]) -> None:
+        with Session(self._store.engine) as session, session.begin():
+            append(session, run, round_, events)
+
+
+class ChargesAfter(Wrapped):
     """A mutant: the release is there first, and its charge is another transaction."""
 
     def commit(
         self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
     ) -> None:
-        super().commit(run, snapshot, row, kept)
-        charge(self, run, snapshot.round, events)
+        self._store.commit(run, snapshot, row, kept)
+        self.charge(run, snapshot.round, events)
 
 
-class ChargesBefore(SqliteStore):
+class ChargesBefore(Wrapped):
     """A mutant: the charge is there first, and its release may never come."""
 
     def commit(
         self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
     ) -> None:
-        charge(self, run, snapshot.round, events)
-        super().commit(run, snapshot, row, kept)
+        self.charge(run, snapshot.round, events)
+        self._store.commit(run, snapshot, row, kept)
 
 
-KINDS: dict[str, type[SqliteStore]] = {kind.__name__: kind for kind in (SqliteStore, ChargesAfter, ChargesBefore)}
-
-
-def charge(store: SqliteStore, run: str, round_: int, events: Sequence[Event | Charge]) -> None:
-    with Session(store.engine) as session, session.begin():
-        append(session, run, round_, events)
+KINDS: dict[str, type[Wrapped]] = {kind.__name__: kind for kind in (Wrapped, ChargesAfter, ChargesBefore)}
+"""What a store is wrapped in: the first leaves it as it is."""
 
 
 def on_writes(hook: Callable[[], object]) -> list[tuple[str, Any]]:
@@ -81,7 +90,7 @@ def best_of(number: int) -> int:
     return int(2 ** (number.bit_length() - 1))
 
 
-def commit_for_ever(kind: str, point: int, path: Path) -> None:
+def commit_for_ever(kind: str, point: int, where: str) -> None:
     writes = count(1)
 
     def crash() -> None:
@@ -89,7 +98,7 @@ def commit_for_ever(kind: str, point: int, path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     on_writes(crash)
-    store = KINDS[kind](path)
+    store = KINDS[kind](open_store(where))
     while True:
         number = len(store.rows("run"))
         cohort = store.open_round("run", number, [number, number + 1])
@@ -103,10 +112,10 @@ def commit_for_ever(kind: str, point: int, path: Path) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        kind, point, path = line.rstrip("\n").split(" ", 2)
+        kind, point, where = line.rstrip("\n").split(" ", 2)
         child = os.fork()
         if child == 0:
-            commit_for_ever(kind, int(point), Path(path))
+            commit_for_ever(kind, int(point), where)
         os.write(1, f"pid {child}\n".encode())
         os.waitpid(child, 0)
         os.write(1, b"dead\n")

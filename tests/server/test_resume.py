@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,10 +12,11 @@ from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Update
 from fedapt.server.coordinator import Coordinator
 from fedapt.server.grid import Failure
-from fedapt.server.store import MemoryStore, Row, Snapshot, SqliteStore, Store
+from fedapt.server.store import MemoryStore, Row, Snapshot, SqlStore, Store, open_store
 
-from .crashing_store import EVENT, KINDS, forget, on_writes
+from .crashing_store import EVENT, KINDS, Wrapped, forget, on_writes
 from .fakes import NODES, Answer, FakeGrid, ends, plain, run, spec_of
+from .postgres import slow_on_postgres
 
 
 class Crash(BaseException):
@@ -114,17 +114,20 @@ def test_killed_at_any_call_and_resumed(overrides: tuple[str, ...], after: bool)
     assert crashes(spec_of(*overrides), lambda _: MemoryStore(), after=after) > 30
 
 
+@slow_on_postgres
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "overrides",
     [("recipe.optimizer=nesterov",), ("recipe.name=flora",)],
     ids=["fedsvd", "flora"],
 )
-def test_killed_at_any_call_and_resumed_from_a_file(tmp_path: Path, overrides: tuple[str, ...], after: bool) -> None:
-    opened: list[SqliteStore] = []
+def test_killed_at_any_call_and_resumed_from_a_database(
+    place: Callable[[], str], overrides: tuple[str, ...], after: bool
+) -> None:
+    opened: list[SqlStore] = []
 
-    def fresh(at: int) -> Store:
-        opened.append(SqliteStore(tmp_path / f"{at}.sqlite"))
+    def fresh(_: int) -> Store:
+        opened.append(open_store(place()))
         return opened[-1]
 
     spec = spec_of(*overrides, "run.rounds=2")
@@ -189,14 +192,8 @@ def test_no_crash_redraws() -> None:
     assert redrawn(Redraws) != []
 
 
-class Charging:
+class Charging(Wrapped):
     """A store that has each release charged with one event more, as under a privacy mechanism."""
-
-    def __init__(self, store: SqliteStore) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
 
     def commit(
         self, run: str, snapshot: Snapshot, row: Row, kept: Sequence[int], events: Sequence[Event | Charge] = ()
@@ -204,18 +201,19 @@ class Charging:
         self._store.commit(run, snapshot, row, kept, events=[*events, EVENT])
 
 
+@slow_on_postgres
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_write_each_release_has_its_charge(tmp_path: Path, kind: str) -> None:
+def test_killed_at_any_write_each_release_has_its_charge(place: Callable[[], str], kind: str) -> None:
     """The mutants, whose charge is a transaction of its own, are caught at some of the same crashes."""
     spec, caught, died = spec_of("run.rounds=2"), False, True
     for at in count(1):
-        path, writes = tmp_path / f"{at}.sqlite", count(1)
+        where, writes = place(), count(1)
 
         def crash(writes: Iterator[int] = writes, at: int = at) -> None:
             if next(writes) == at:
                 raise Crash
 
-        store = KINDS[kind](path)
+        store = KINDS[kind](open_store(where))
         hooks = on_writes(crash)
         try:
             run(FakeGrid(spec, broken_less), cast(Store, Charging(store)))
@@ -225,18 +223,18 @@ def test_killed_at_any_write_each_release_has_its_charge(tmp_path: Path, kind: s
         finally:
             forget(hooks)
             store.close()
-        again = KINDS[kind](path)
+        again = KINDS[kind](open_store(where))
         caught = parted(again, spec.run.name)
         run(FakeGrid(spec, broken_less), cast(Store, Charging(again)))
         caught |= parted(again, spec.run.name)
         again.close()
         if caught or not died:
             break
-    assert caught == (kind != "SqliteStore")
+    assert caught == (kind != "Wrapped")
     assert caught or at > 20
 
 
-def parted(store: SqliteStore, name: str) -> bool:
+def parted(store: Wrapped, name: str) -> bool:
     """Whether a round was released without its charge, or charged without its release, or twice."""
     released = [row["round"] for row in store.rows(name)[1:]] if store.find(name) else []
     return [entry.round for entry in store.chain().entries] != released

@@ -1,31 +1,27 @@
-import os
-import random
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
+"""How stores behave: one suite for memory, SQLite and PostgreSQL."""
+
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 import numpy as np
 import pytest
-from sqlalchemy import text
 
 from fedapt.privacy.chain import Charge
 from fedapt.privacy.events import Event, to_json
 from fedapt.privacy.ledger import Ledger
-from fedapt.protocols.errors import OutputError, PrivacyError
+from fedapt.protocols.errors import RunError
 from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
 from fedapt.protocols.update import Description, Update
-from fedapt.server.store import MemoryStore, Snapshot, SqliteStore, Store
+from fedapt.server.store import MemoryStore, Snapshot, Store, open_store
 
 from .crashing_store import EVENT
+
+Place = Callable[[], str]
+"""The fixture `place`: says with each call where another store can be made."""
 
 LAYOUT = AdapterLayout([TensorSpec("q.lora_A.weight", (2, 3), "A"), TensorSpec("q.lora_B.weight", (4, 2), "B")])
 DESCRIPTION = Description(LAYOUT, np.linspace(0, 5, 14, dtype=np.float32), {"r": 2, "name": "ü"}, "digest")
@@ -204,6 +200,55 @@ class StoreSuite(ABC):
         assert store.chain().verify() is None
         assert len(store.chain().entries) == 7
 
+    def test_a_run_has_a_status(self, store: Store) -> None:
+        for name in ("status", "set_status"):
+            with pytest.raises(KeyError, match="run"):
+                getattr(store, name)("run", *["failed"][: name == "set_status"])
+        before = datetime.now(UTC)
+        begin(store)
+        begin(store, "other")
+        assert store.status("run") == "running"
+        store.set_status("run", "failed", "none of 3 nodes\0 \ud800")
+        assert (store.status("run"), store.status("other")) == ("failed", "running")
+        states = {state.name: state for state in store.runs()}
+        assert states["run"].reason == "none of 3 nodes? ?"
+        assert before <= states["run"].created < states["run"].updated <= datetime.now(UTC)
+        store.set_status("run", "running")
+        assert [(state.status, state.reason) for state in store.runs()] == [("running", "")] * 2
+
+    def test_runs_are_listed_with_their_rounds(self, store: Store) -> None:
+        assert store.runs() == []
+        for name in ("second", "first"):
+            begin(store, name)
+        store.open_round("first", 1, [1])
+        begun = {state.name: state for state in store.runs()}
+        assert [(state.name, state.rounds) for state in store.runs()] == [("second", 0), ("first", 0)]
+        assert begun["first"].created == begun["first"].updated
+        commit(store, 1, run="second")
+        commit(store, 2, run="second")
+        after = {state.name: state for state in store.runs()}
+        assert after["first"] == begun["first"]
+        assert after["second"] == replace(begun["second"], rounds=2, updated=after["second"].updated)
+        assert after["second"].updated > begun["second"].updated
+
+    def test_a_round_is_released_once(self, store: Store) -> None:
+        """Of two processes that work on one run the second is told, and nothing of its release is kept."""
+        begin(store)
+        commit(store, 1, events=[EVENT])
+        store.contribute("run", FIRST)
+        with pytest.raises(RunError, match='run "run": round 1 is released already'):
+            store.commit("run", Snapshot(1, state(7)), {"round": 1, "loss": 7}, [], events=[EVENT])
+        assert store.rows("run") == [{"round": 0}, {"round": 1, "loss": 1 / 3}]
+        assert np.array_equal(store.snapshot("run").state, state(1))
+        assert len(store.chain().entries) == 1
+        assert store.contributions("run", 1) == [FIRST]
+
+    def test_a_refusal_may_be_of_any_words(self, store: Store) -> None:
+        """Nodes give reasons, and no reason may stop a round."""
+        begin(store)
+        store.refuse("run", 1, 3, "a\0b \udfff ü 🙂")
+        assert store.refusals("run", 1) == [(3, "a?b ? ü 🙂")]
+
 
 class TestMemoryStore(StoreSuite):
     @pytest.fixture
@@ -211,212 +256,32 @@ class TestMemoryStore(StoreSuite):
         return MemoryStore()
 
 
-class TestSqliteStore(StoreSuite):
+class TestSqlStore(StoreSuite):
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Store]:
-        store = SqliteStore(tmp_path / "run.sqlite")
+    def store(self, place: Place) -> Iterator[Store]:
+        store = open_store(place())
         yield store
         store.close()
 
 
-class TestReopenedSqliteStore(StoreSuite):
-    """The same behaviour where every call is made by a process that has just opened the file."""
+class TestReopenedSqlStore(StoreSuite):
+    """The same behaviour where every call is made by a process that has just opened the database."""
 
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Store:
-        return cast(Store, Reopened(tmp_path / "run.sqlite"))
+    def store(self, place: Place) -> Store:
+        return cast(Store, Reopened(place()))
 
 
 class Reopened:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, where: str) -> None:
+        self._where = where
 
     def __getattr__(self, name: str) -> object:
         def call(*arguments: object, **options: object) -> object:
-            store = SqliteStore(self._path)
+            store = open_store(self._where)
             try:
                 return getattr(store, name)(*arguments, **options)
             finally:
                 store.close()
 
         return call
-
-
-def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """Charge, snapshot, row and deletion are one transaction: the last of them fails here."""
-    store = SqliteStore(tmp_path / "run.sqlite")
-    begin(store)
-    store.open_round("run", 1, [5])
-    store.contribute("run", FIRST)
-    trigger = "CREATE TRIGGER t BEFORE DELETE ON contributions BEGIN SELECT RAISE(ABORT, 'full'); END"
-    with store.engine.begin() as connection:
-        connection.execute(text(trigger))
-    with pytest.raises(Exception, match="full"):
-        commit(store, 1, events=[EVENT])
-    assert store.rows("run") == [{"round": 0}]
-    assert store.snapshot("run").round == 0
-    assert store.chain().entries == []
-    assert store.chain().verify() is None
-    assert store.contributions("run", 1) == [FIRST]
-    with store.engine.begin() as connection:
-        connection.execute(text("DROP TRIGGER t"))
-    commit(store, 1, events=[EVENT])
-    assert store.snapshot("run").round == 1
-    assert store.contributions("run", 1) == []
-    assert [entry.round for entry in store.chain().entries] == [1]
-    store.close()
-
-
-def test_a_store_with_a_broken_ledger_is_not_opened(tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path / "run.sqlite")
-    begin(store)
-    commit(store, 1, events=[EVENT, EVENT])
-    with store.engine.begin() as connection:
-        connection.execute(text("DROP TRIGGER ledger_refuses_delete"))
-        connection.execute(text("DELETE FROM ledger WHERE sequence = 2"))
-    store.close()
-    with pytest.raises(PrivacyError, match="the ledger's row 2 is not as it was written: the head counts 2"):
-        SqliteStore(tmp_path / "run.sqlite")
-
-
-def test_commits_are_durable_and_do_not_block_readers(tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path / "run.sqlite")
-    with store.engine.connect() as one, store.engine.connect() as other:
-        for connection in (one, other):
-            assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-            assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
-            assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
-    store.close()
-
-
-def test_any_path_will_do(tmp_path: Path) -> None:
-    path = tmp_path / "50% of a?b=c#d ü" / "run.sqlite"
-    path.parent.mkdir()
-    store = SqliteStore(path)
-    begin(store)
-    store.close()
-    assert path.is_file()
-
-
-def test_what_is_no_store_is_an_output_error(tmp_path: Path) -> None:
-    (tmp_path / "run.sqlite").write_text("this is a letter, not a database; it is long enough to have a header" * 9)
-    with pytest.raises(OutputError, match="cannot be used as a run's store"):
-        SqliteStore(tmp_path / "run.sqlite")
-    with pytest.raises(OutputError, match="unable to open database file"):
-        SqliteStore(tmp_path / "nowhere" / "run.sqlite")
-
-
-def check_after_kill(path: Path, said: int) -> None:
-    """The file is sound, every commit that was reported is in it, and each round is there whole or not at all."""
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
-    connection.close()
-    store = SqliteStore(path)
-    rows = store.rows("run")
-    last = len(rows) - 1
-    assert [row["round"] for row in rows] == list(range(last + 1))
-    assert last in (said, said + 1)
-    for round_ in (None, 2 ** (last.bit_length() - 1) if last else 0):
-        snapshot = store.snapshot("run", round_)
-        assert snapshot.round == (last if round_ is None else round_)
-        for tensor in (snapshot.state, *snapshot.buffers.values()):
-            assert (tensor == snapshot.round).all()
-    assert all(store.contributions("run", number) == [] for number in range(last + 1))
-    assert {update.node for update in store.contributions("run", last + 1)} <= {last + 1, last + 2}
-    charged = [entry.round for entry in store.chain().entries]
-    store.close()
-    released = list(range(1, last + 1))
-    assert set(released) <= set(charged), f"released, and not charged: {released}, {charged}"
-    assert charged == released, f"charged, and not released: {charged}, {released}"
-
-
-class Nursery:
-    """A process that forks children for us to kill; see `crashing_store`."""
-
-    def __init__(self, to: IO[str], of: IO[str]) -> None:
-        self._to, self._of = to, of
-
-    def child(self, path: Path, kind: str = "SqliteStore", point: int = 0) -> int:
-        print(kind, point, path, file=self._to, flush=True)
-        return int(self._of.readline().split()[1])
-
-    def next_commit(self) -> int:
-        return int(self._of.readline())
-
-    def last_commit(self, said: int) -> int:
-        """The last round that the child reported before it died; `said`, if none since."""
-        while (line := self._of.readline()) != "dead\n":
-            said = int(line)
-        return said
-
-
-@contextmanager
-def nursery() -> Iterator[Nursery]:
-    command = [sys.executable, str(Path(__file__).with_name("crashing_store.py"))]
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield Nursery(process.stdin, process.stdout)
-        finally:
-            process.stdin.close()
-    assert process.returncode == 0
-
-
-def begun(path: Path) -> Path:
-    store = SqliteStore(path)
-    begin(store)
-    store.close()
-    return path
-
-
-def test_killed_in_the_middle_of_commits(tmp_path: Path) -> None:
-    path, chance, said = begun(tmp_path / "run.sqlite"), random.Random(0), 0
-    with nursery() as children:
-        for _ in range(20):
-            child = children.child(path)
-            for _ in range(chance.randint(0, 4)):
-                said = children.next_commit()
-            time.sleep(chance.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            check_after_kill(path, children.last_commit(said))
-            said = len_rows(path)
-    assert said >= 20
-
-
-def kill_at_each_write(folder: Path, kind: str) -> int:
-    """Kill a child at its first write, another one at its second, …, until one lives for two rounds: how many died."""
-    with nursery() as children:
-        for point in count(1):
-            path = begun(folder / str(point))
-            children.child(path, kind, point)
-            said = children.last_commit(0)
-            check_after_kill(path, said)
-            if said == 2:
-                return point
-    raise AssertionError
-
-
-def test_killed_at_each_write(tmp_path: Path) -> None:
-    assert kill_at_each_write(tmp_path, "SqliteStore") > 20
-
-
-@pytest.mark.parametrize(
-    ("mutant", "fault"),
-    [("ChargesAfter", "released, and not charged"), ("ChargesBefore", "charged, and not released")],
-)
-def test_what_parts_charge_and_release_is_caught(tmp_path: Path, mutant: str, fault: str) -> None:
-    with pytest.raises(AssertionError, match=fault):
-        kill_at_each_write(tmp_path, mutant)
-
-
-def len_rows(path: Path) -> int:
-    """The last round that is committed."""
-    store = SqliteStore(path)
-    rows = store.rows("run")
-    store.close()
-    return len(rows) - 1

@@ -1,0 +1,1 @@
+"""In their order. What a file here does must never change once it has been shipped: databases hold what it did."""
