@@ -12,12 +12,15 @@ from .coordinator import Coordinator, Evaluate
 from .link.grid import LinkGrid
 from .link.hub import Hub
 from .link.stopped import StoppedError
-from .store import Row, Store
+from .store import Row, Status, Store
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
 """Before a round that too few nodes have answered is asked again."""
+
+FAREWELL_SECONDS = 60.0
+"""How long a run that has finished waits until the nodes that are here have its adapter."""
 
 LOOK_SECONDS = 0.5
 """How soon a run that was stopped or resumed from elsewhere is noticed."""
@@ -85,11 +88,11 @@ class HostedRun:
                 raise StoppedError
         self.hooks.ended(coordinator)
         self._set("finished", "")
-        grid.adopt(coordinator.farewells(self.hub.known()))
+        grid.adopt(coordinator.farewells(self.hub.known()), FAREWELL_SECONDS)
 
-    def _set(self, status: str, reason: str) -> None:
+    def _set(self, status: Status, reason: str) -> None:
         if self.store.find(self.spec.run.name) is not None:
-            self.store.set_status(self.spec.run.name, status, reason)  # type: ignore[arg-type]
+            self.store.set_status(self.spec.run.name, status, reason)
 
 
 class Host:

@@ -42,6 +42,7 @@ class Desk:
         self._questions: dict[bytes, Asked] = {}
         self._answered: set[bytes] = set()
         self._arriving: dict[bytes, tuple[pb.Result, Assembly]] = {}
+        self._garbled: set[bytes] = set()
         self._exchanges: deque[Callable[[bytes | None], None]] = deque()
 
     @property
@@ -79,6 +80,7 @@ class Desk:
             return
         self._answered.discard(question)
         self._arriving.pop(question, None)
+        self._garbled.discard(question)
         if self._outbox is not None:
             for sha256 in asked.blobs:
                 if not any(sha256 in other.blobs for other in self._questions.values()):
@@ -147,7 +149,11 @@ class Desk:
         try:
             fits = assembly.add(chunk.offset, chunk.data)
         except PayloadError as error:
-            self._fail(question, str(error))
+            if question in self._garbled:
+                self._fail(question, str(error))
+            else:  # perhaps the link's doing: a damaged connection breaks soon, and the next one is asked again
+                self._garbled.add(question)
+                self._want(assembly)
             return
         if assembly.complete:
             self._complete(result, assembly.take())

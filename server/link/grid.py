@@ -39,6 +39,7 @@ class LinkGrid(MessageGrid):
         self._run = spec.run.name
         self._mailbox: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         self._asked: dict[tuple[int, bytes], Assignment] = {}
+        self._adopting: set[int] = set()
         self._exchanges = Exchanges(hub, spec, self._spec, self.stopping)
 
     def nodes(self) -> list[int]:
@@ -58,6 +59,7 @@ class LinkGrid(MessageGrid):
             self._ask(pb.DESCRIBE, [Assignment(self._run, 0, 1, node, digest(self._spec).hex(), b"")])
             for answer in self._answers(self.hub.limits.absence * 10):
                 if answer.result.kind == "":
+                    self._withdraw("described")
                     return link.description_from_bytes(answer.payload)
                 reasons[node] = answer.result.reason
         raise RunError(f"no node could describe its model: {reasons or 'none answered in time'}")
@@ -90,16 +92,26 @@ class LinkGrid(MessageGrid):
         """Answers to a zeroth-order exchange as they come, until all are in or `timeout` seconds have passed."""
         return self._exchanges.run(requests, timeout)
 
-    def adopt(self, assignments: Sequence[Assignment]) -> None:
-        """Hand the run's final adapter to nodes, now or whenever they come back; waits for none of them."""
+    def adopt(self, assignments: Sequence[Assignment], timeout: float = 0.0) -> None:
+        """Hand the run's final adapter to nodes, now or whenever they come back.
+
+        Waits up to `timeout` seconds for those that are here.
+        """
+        self._withdraw("the round is over")
+        self._adopting = {asked.node for asked in assignments}
         self._ask(pb.ADOPT, assignments, self._adopted)
         self._asked.clear()
+        deadline = time.monotonic() + timeout
+        while self._adopting & set(self.hub.nodes()) and time.monotonic() < deadline:
+            if self.stopping.wait(POLL_SECONDS):
+                return
 
     def _adopted(self, answer: Answered) -> None:
         """In the link's thread: nobody waits for it."""
         said = answer.result.reason or dict(link.metrics(answer.result)) or "without scores"
         logger.info("node %d has the adapter of %s: %s", answer.node, self._run, said)
         self.hub.close(answer.node, [answer.result.question])
+        self._adopting.discard(answer.node)
 
     def _ask(
         self,

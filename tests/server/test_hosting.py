@@ -55,8 +55,8 @@ class FakeSite:
         metrics = {"loss": float(self.node)}
         return pb.Result(question=question.id, weight=self.node % 3, metrics=metrics, payload=empty), b""
 
-    def exchange(self, body: bytes) -> bytes | None:
-        return None
+    def exchange(self, body: bytes) -> bytes:
+        raise NotImplementedError
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from fedapt.protocols.codecs import CODECS
 from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.legality import initial_a, recipe_of
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Description, Update, version_of
 from fedapt.server.coordinator import Coordinator
+from fedapt.server.grid import Evaluated
 from fedapt.server.store import MemoryStore
 
 from .stock import (
@@ -78,6 +79,9 @@ class SameNodes:
             change: Flat = trained.join(ended) - trained.join(LAYOUT.split(adapter))
             own = (asked.run, asked.round, asked.attempt, asked.node, version_of(received, state))
             yield Update(*own, "delta", weight_of(asked.node), CODECS["fp32"].encode(change, trained, 0))
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated]:
+        raise NotImplementedError
 
 
 def by_the_coordinator(recipe: str, **options: Any) -> tuple[list[dict[str, Matrix]], list[dict[str, Any]]]:
