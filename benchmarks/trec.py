@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fedapt.progress import Silent
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec
 from fedapt.server.store import MemoryStore
 from fedapt.sim.federation import Federation, build
@@ -35,10 +35,12 @@ SPEC = HERE.parent / "examples/trec.toml"
 RATES = (2e-3, 6e-3, 2e-2)
 RATES_OF = {
     **dict.fromkeys(("fedsvd", "ffa", "refresh", "fedsvd, fp32"), (2e-2, 6e-2, 2e-1)),
+    **dict.fromkeys(("rolora", "flexlora", "flora", "fedex", "hetlora", "fedit, dora"), (6e-3, 2e-2, 6e-2)),
+    "diloco": (6e-4, 2e-3, 6e-3),
     "fedit, full": (1e-4, 3e-4, 1e-3),
     "fedit, nola": (2e-2, 6e-2, 2e-1),
     "fedit, vera": (2e-2, 6e-2, 2e-1),
-    "fedit, ia3": (6e-3, 2e-2, 6e-2),
+    "fedit, ia3": (2e-2, 6e-2, 2e-1),
     "fedit, prompt": (6e-3, 2e-2, 6e-2),
     "fedit, head": (6e-3, 2e-2, 6e-2),
 }

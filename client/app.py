@@ -9,6 +9,7 @@ from ..protocols.records import (
     assignment_from_records,
     description_to_records,
     evaluation_to_records,
+    rank_to_records,
     update_to_records,
 )
 from .client import Client
@@ -21,6 +22,10 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
         return Message(description_to_records(client_of(context).describe()), reply_to=message)
+
+    @app.query("rank")
+    def rank(message: Message, context: Context) -> Message:
+        return Message(rank_to_records(client_of(context).most_rank), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

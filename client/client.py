@@ -7,6 +7,7 @@ a whole round.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ..protocols.codecs import CODECS, uplink_of
 from ..protocols.errors import DataError, PrivacyError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
-from ..protocols.legality import rank_of, recipe_of
+from ..protocols.legality import RANKED, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
 from ..protocols.update import Assignment, Description, Update
@@ -30,6 +31,9 @@ from .private import PrivateTrainer, private_trainer
 from .replicas import Replica, Replicas
 from .tasks import Examples, Indices
 from .trainer import Losses, Member, Trainer
+
+Kept = list[dict[Any, Any]]
+"""Residuals, replicas and accounts of some nodes, each by node: what of them outlives a round."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Client:
         self.replicas = Replicas(self.shared) if self.recipe.streams else None
         self.accounts = Accounts()
         self.policy = Policy()
+        self.most_rank = 0
         self.objections: list[str] = []
         self._forward: Forward | None = None
 
@@ -98,6 +103,12 @@ class Client:
         other = copy.copy(self)
         other.policy = policy
         other.objections = other._objections()
+        return other
+
+    def affording(self, most_rank: int) -> "Client":
+        """This client, at a node that can afford adapters of this rank and no larger; 0: any."""
+        other = copy.copy(self)
+        other.most_rank = most_rank
         return other
 
     def at(self, sites: Sites) -> "Client":
@@ -134,19 +145,34 @@ class Client:
     def train(self, assignments: Sequence[Assignment]) -> list[Update]:
         """One Update an Assignment, in the order given. Those that differ in nothing but where they start train together.
 
-        Where the site's policy objects to the run, all are refused, and neither payload nor data is looked at.
+        Where the site's policy objects to the run, or the rank is above what the node can afford, they are refused, and
+        neither payload nor data is looked at.
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
         if self.objections:
             return [_refused(asked, " ".join(self.objections)) for asked in assignments]
+        updates = {asked: _refused(asked, reason) for asked in assignments if (reason := self._too_large(asked))}
         alike: dict[tuple[int, bytes], list[_Started]] = {}
-        for started in self._started(assignments):
+        for started in self._started([asked for asked in assignments if asked not in updates]):
             alike.setdefault((started.asked.round, started.received.fixed), []).append(started)
-        updates: dict[Assignment, Update] = {}
         for cohort in alike.values():
             self.adapted.write(cohort[0].received.adapter)
             updates |= zip((started.asked for started in cohort), self._train(cohort), strict=True)
         return [updates[assignment] for assignment in assignments]
+
+    def kept(self, assignments: Sequence[Assignment]) -> Kept:
+        """What is kept between rounds of the nodes that are asked: another process needs it to train them.
+
+        Ledgers that are files are not part of it: processes share those.
+        """
+        return [{key: table[key] for key in keys if key in table} for table, keys in self._tables(assignments)]
+
+    def keep(self, assignments: Sequence[Assignment], kept: Kept) -> None:
+        """Put what `kept` gave elsewhere in the place of what is kept here of these nodes."""
+        for (table, keys), found in zip(self._tables(assignments), kept, strict=True):
+            for key in keys:
+                table.pop(key, None)
+            table.update(found)
 
     def load(self, assignment: Assignment) -> None:
         """Put the global adapter that an assignment's payload stands for into the model.
@@ -173,32 +199,50 @@ class Client:
             )
         return score(self.adapted, self.sites.examples, self._own(node))
 
+    def _tables(self, assignments: Sequence[Assignment]) -> list[tuple[dict[Any, Any], list[Any]]]:
+        """Every table that outlives a round, and its keys that belong to these assignments."""
+        nodes: list[Any] = [asked.node for asked in assignments]
+        accounts: list[Any] = [(asked.node, run) for asked in assignments for run in (asked.run, None)]
+        tables: list[tuple[dict[Any, Any], list[Any]]] = [(self.accounts._memory, accounts)]
+        if self.feedback is not None:
+            tables += [(self.feedback._residuals, nodes), (self.feedback._sent, nodes)]
+        if self.replicas is not None:
+            tables += [(self.replicas._now, nodes), (self.replicas._before, nodes)]
+        return tables
+
     def _objections(self) -> list[str]:
         pinned = self.policy.base is not None  # hashing a large base takes a minute
         return self.policy.problems(self.spec, self.adapted.base_digest() if pinned else None)
+
+    def _too_large(self, asked: Assignment) -> str:
+        """Why the node cannot afford what it is asked for; empty where it can."""
+        rank = asked.rank or self.spec.adapter.rank
+        if not 0 < self.most_rank < rank or self.spec.adapter.method not in RANKED:
+            return ""
+        return f"asked to train at rank {rank}, and this node can afford {self.most_rank} (most_rank)"
 
     def _started(self, assignments: Sequence[Assignment]) -> list[_Started]:
         """What each assignment's payload stands for; equal payloads are read once."""
         known: dict[tuple[int, int, bytes], _Received] = {}
         started = []
         for asked in assignments:
-            rank = rank_of(self.spec, asked.node)
             if self.replicas is not None:
-                replica = self.replicas.arrive(asked, self._decoded(asked, rank))
+                replica = self.replicas.arrive(asked, self._decoded(asked))
                 adapter = self.adapted.layout.pad(replica.outer, self.replicas.trained)
                 started.append(_Started(asked, self._received(asked.round, adapter, {}), replica))
                 continue
-            key = asked.round, rank, asked.payload
+            key = asked.round, asked.rank, asked.payload
             if key not in known:
-                own = self.shared.delivered(asked.round, rank)
-                state = self.shared.received(asked.round).pad(self._decoded(asked, rank), own)
+                own = self.shared.delivered(asked.round, asked.rank)
+                state = self.shared.received(asked.round).pad(self._decoded(asked), own)
                 rotations = self.shared.rotations(state, asked.round)
                 known[key] = self._received(asked.round, self.shared.whole(state, asked.round), rotations)
             started.append(_Started(asked, known[key]))
         return started
 
-    def _decoded(self, asked: Assignment, rank: int) -> Flat:
-        return CODECS[self.spec.wire.downlink].decode(asked.payload, self.shared.delivered(asked.round, rank))
+    def _decoded(self, asked: Assignment) -> Flat:
+        own = self.shared.delivered(asked.round, asked.rank)
+        return CODECS[self.spec.wire.downlink].decode(asked.payload, own)
 
     def _received(self, round_: int, adapter: Flat, rotations: Rotations) -> _Received:
         layout, trained = self.adapted.layout, self.shared.trained(round_)
@@ -214,7 +258,7 @@ class Client:
     def _outcomes(self, busy: Sequence[tuple[_Started, Member]]) -> dict[Assignment, _Outcome]:
         """What came of the nodes with data, by assignment."""
         round_ = busy[0][0].asked.round
-        trainer = self._trainer(busy[0][1], self.spec.local.in_round(round_, self.spec.run.rounds), round_)
+        trainer = self._trainer(self.spec.local.in_round(round_, self.spec.run.rounds), round_)
         outcomes = self._refusals(trainer, busy)
         busy = [(started, plan) for started, plan in busy if started.asked not in outcomes]
         if self.replicas is not None:
@@ -260,10 +304,13 @@ class Client:
             )
         return self.sites.indices[node]
 
-    def _trainer(self, first: Member, local: Local, round_: int) -> Trainer:
-        """A trainer with the forward to use, which is chosen once on a few rows of real data: the first member's."""
+    def _trainer(self, local: Local, round_: int) -> Trainer:
+        """A trainer with the forward to use, which is chosen once on a few rows of real data: the first node's.
+
+        Processes that train parts of a round choose alike, because they all have that node's data.
+        """
         if self._forward is None:
-            rows = first.batches[0][:2]
+            rows = self._own(self.nodes()[0])[:2]
             inputs = self.adapted.batch(self.sites.examples, [rows, rows]).inputs
             names = [self.adapted.parameter_names[t.name] for t in self.trained.tensors]
             self._forward = fastest(self.adapted.model, names, inputs)
@@ -304,7 +351,7 @@ class Client:
     def _encoded(self, started: _Started, change: Flat) -> bytes:
         asked, uplink = started.asked, uplink_of(self.spec)
         key = derive(self.spec.run.seed, "rounding", asked.round, asked.node)
-        own = self.shared.sent(asked.round, rank_of(self.spec, asked.node))
+        own = self.shared.sent(asked.round, asked.rank)
         information = self._information(started, change) if uplink.informed else None
         change = self.shared.sent(asked.round).cut(change, own)
         if self.feedback is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.cohort import Looped, Stack
+from ..protocols.keys import derive
 from .adapted import AdaptedModel
 from .tasks import Batch, Examples, Indices, member_losses
 
@@ -40,9 +41,12 @@ class Hooked:
 
 
 def hooks_that_agree(adapted: AdaptedModel, names: list[str], examples: Examples, rows: Indices) -> Hooked | None:
-    """Opacus' hooks, if they give the loop's gradients of the parameters `names` on `rows`; None otherwise."""
+    """Opacus' hooks, if they give the loop's gradients of the parameters `names` on `rows`; None otherwise.
+
+    They are compared a little beside the adapter in the model: at its start B is zero, and A's gradients are too.
+    """
     batch = adapted.batch(examples, [rows[i : i + 1] for i in range(len(rows))])
-    values = {name: adapted.model.get_parameter(name).detach()[None] for name in names}
+    values = {name: _beside(adapted.model.get_parameter(name).detach(), name)[None] for name in names}
     stack = {name: one.expand(len(rows), *one.shape[1:]).requires_grad_() for name, one in values.items()}
     losses = member_losses(adapted.task, Looped(adapted.model)(stack, batch.inputs), batch.labels, len(rows))
     expected = torch.autograd.grad(losses.sum(), list(stack.values()), materialize_grads=True)
@@ -54,6 +58,12 @@ def hooks_that_agree(adapted: AdaptedModel, names: list[str], examples: Examples
     tolerance = 5e-2 if torch.finfo(next(adapted.model.parameters()).dtype).bits < 32 else 1e-3
     agree = (_close(own, loop, tolerance) for own, loop in zip(actual.values(), expected, strict=True))
     return hooks if all(agree) else None
+
+
+def _beside(value: Tensor, name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(derive(0, "probe", name) % 2**63)
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+    return value + 0.02 * noise.to(value.device, value.dtype)
 
 
 def _checked(name: str, gradient: object, values: Stack, count: int) -> Tensor:

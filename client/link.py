@@ -62,7 +62,8 @@ class Renewal(Protocol):
 class Link:
     """A node's standing connection. `channel` makes a gRPC channel, anew for each try: so a new certificate is used.
 
-    `metadata` goes with each stream. `renewal` None: there is no certificate.
+    `metadata` goes with each stream. `renewal` None: there is no certificate. `rank` is the largest that the node can
+    afford; 0: any.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Link:
         connected: Callable[[bool, str], None] = lambda _up, _why: None,
         metadata: Sequence[tuple[str, str]] = (),
         renewal: Renewal | None = None,
+        rank: int = 0,
     ) -> None:
         self.channel, self.duties, self.connected = channel, duties, connected
-        self.metadata, self.renewal = tuple(metadata), renewal
+        self.metadata, self.renewal, self.rank = tuple(metadata), renewal, rank
         self.backoff = backoff or Backoff()
         self._wait: float | None = None
         self._tries = 0
@@ -130,7 +132,7 @@ class Link:
 
     async def _greeted(self, stream: Stream) -> pb.Welcome:
         protocols = link.PROTOCOLS
-        hello = pb.Hello(oldest=protocols[0], newest=protocols[-1], software=link.SOFTWARE)
+        hello = pb.Hello(oldest=protocols[0], newest=protocols[-1], software=link.SOFTWARE, rank=self.rank)
         await stream.write(pb.Up(hello=hello).SerializeToString())
         frame = await self._read(stream)
         if frame is not None and frame.WhichOneof("frame") == "welcome":

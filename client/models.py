@@ -8,8 +8,9 @@ like the factors; so all nodes start alike.
 import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 
 from ..protocols.errors import ModelError
@@ -54,13 +56,16 @@ CLASSES = {
 }
 
 
-def load_model(spec: RunSpec) -> AdaptedModel:
-    """The spec's base with the adapter of round 0.
+Quantize = Literal["none", "nf4", "int8"]
+
+
+def load_model(spec: RunSpec, quantize: Quantize = "none") -> AdaptedModel:
+    """The spec's base with the adapter of round 0. A base that is quantized is on the GPU, any other in main memory.
 
     Raises ModelError where the base or the adapter cannot be had, DataError where A starts from public data that cannot.
     """
     folder = base_folder(spec.model.base)
-    base, missing = _load_base(spec, folder)
+    base, missing = _load_base(spec, folder, quantize)
     _draw_missing(base, missing, spec.run.seed)
     model = _load_start(spec, base) if spec.adapter.start else new_adapter(spec, base, missing)
     refuse_untrainable(spec, model)
@@ -90,10 +95,12 @@ def base_folder(base: str) -> str:
     return str(folder)
 
 
-def _load_base(spec: RunSpec, folder: str) -> tuple[nn.Module, list[str]]:
+def _load_base(spec: RunSpec, folder: str, quantize: Quantize) -> tuple[nn.Module, list[str]]:
     """The base in its precision, and the names of the parameters that its checkpoint lacks."""
     auto = CLASSES[spec.model.task]
     extra: dict[str, Any] = {} if spec.model.labels is None else {"num_labels": spec.model.labels}
+    if quantize != "none":
+        extra |= {"quantization_config": _quantization(quantize), "device_map": {"": 0}}
     if spec.model.precision == "bf16" and not torch.cuda.is_available():
         extra["attn_implementation"] = "eager"  # SDPA's bf16 backward on a CPU takes most of the step
     dtype = torch.bfloat16 if spec.model.precision == "bf16" else torch.float32
@@ -115,6 +122,25 @@ def _load_base(spec: RunSpec, folder: str) -> tuple[nn.Module, list[str]]:
         raise ModelError(_explain(spec.model.base, error)) from error
     mismatched = [key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())]
     return base, sorted({*info["missing_keys"], *mismatched})
+
+
+HEADS = ["classifier", "score", "pooler", "lm_head"]
+"""Modules that are never quantized: a head is trained, or decides about every answer."""
+
+
+def _quantization(quantize: Quantize) -> Any:
+    """What makes transformers quantize a base. Raises ModelError where this machine cannot."""
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        lacking = "bitsandbytes (pip install fedapt[gpu])" if torch.cuda.is_available() else "a CUDA GPU"
+        raise ModelError(f'quantize = "{quantize}" needs {lacking}, which is not here. Way out: quantize = "none"')
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=HEADS,
+    )
 
 
 def _explain(base: str, error: Exception) -> str:

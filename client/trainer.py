@@ -6,7 +6,8 @@ their steps, and the stack is cut from its end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.spec import Local
 from .adapted import AdaptedModel
+from .halfway import Halfway, Point, state_of
 from .tasks import Examples, Indices, member_losses
 
 Losses = np.ndarray[Any, np.dtype[np.float32]]
@@ -75,12 +77,18 @@ class _Running:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains any number of members, together, over the model's frozen base."""
+    """Trains any number of members, together, over the model's frozen base.
+
+    A cohort of one can be kept `halfway`, and can run `micro_batch` of its batch's examples at once: a step is the same up
+    to rounding, and takes that much less memory.
+    """
 
     adapted: AdaptedModel
     forward: Forward
     trained: AdapterLayout
     local: Local
+    halfway: Halfway | None = field(default=None, kw_only=True)
+    micro_batch: int | None = field(default=None, kw_only=True)
 
     def train(self, examples: Examples, cohort: Sequence[Member]) -> list[Trained]:
         """One Trained a member, in the order given. Chunks bound the memory; they do not change the numbers."""
@@ -119,14 +127,18 @@ class Trainer:
         stack = self._spread(start)
         running = _Running(cohort, start, stack, _optimizer(list(stack.values()), self.local), [[] for _ in cohort])
         self._resume(running)
+        kept = self.halfway if len(cohort) == 1 else None
+        key = _key(cohort[0], self.trained)
         done: list[Trained] = []
-        for step in range(len(cohort[0].batches)):
+        for step in range(self._go_on(running, None if kept is None else kept.found(key)), len(cohort[0].batches)):
             active = sum(len(member.batches) > step for member in cohort)
             if active < members(stack):
                 done = self._results(running, active) + done
                 _shrink(stack, running.optimizer, active)
             for member, loss in enumerate(self._step(examples, running, step)):
                 running.losses[member].append(loss)
+            if kept is not None:
+                kept.reached(key, lambda: _point(running))
         return self._results(running, 0) + done
 
     def _start(self, cohort: Sequence[Member]) -> Tensor:
@@ -168,6 +180,18 @@ class Trainer:
                 "exp_avg_sq": seconds[name].detach(),
             }
 
+    def _go_on(self, running: _Running, point: Point | None) -> int:
+        """Put a member where a kept Point has it; how many of its steps are done."""
+        if point is None:
+            return 0
+        for name, parameter in running.stack.items():
+            parameter.data.copy_(point.values[name])
+            state = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in point.states[name].items()}
+            if state:
+                running.optimizer.state[parameter] = state
+        running.losses[0].extend(point.losses.to(self.adapted.device).unbind())
+        return point.steps
+
     def _results(self, running: _Running, first: int) -> list[Trained]:
         """What the members of the stack from `first` on have come to."""
         last = members(running.stack)
@@ -194,6 +218,8 @@ class Trainer:
     def _step(self, examples: Examples, running: _Running, step: int) -> Tensor:
         """One optimizer step of every active member; their losses before it, (C,)."""
         cohort = running.cohort[: members(running.stack)]
+        if self.micro_batch is not None and len(cohort) == 1:
+            return self._accumulated(examples, running, cohort[0].batches[step])
         batch = self.adapted.batch(examples, [member.batches[step] for member in cohort])
         dropout = self._dropout(cohort, step, batch.shapes)
         logits = self.forward(running.stack, batch.inputs, dropout)
@@ -202,6 +228,26 @@ class Trainer:
         torch.autograd.backward(losses.sum())
         running.optimizer.step()
         return losses.detach()
+
+    def _accumulated(self, examples: Examples, running: _Running, rows: Indices) -> Tensor:
+        """`_step` of one member, some rows at a time. The loss is the mean over the targets of all rows, as it is there.
+
+        Without adapter dropout: its masks are drawn for a whole batch.
+        """
+        assert self.micro_batch is not None
+        parameters = list(running.stack.values())
+        loss, counted = torch.zeros(1, device=self.adapted.device), torch.zeros(1, device=self.adapted.device)
+        running.optimizer.zero_grad()
+        for first in range(0, len(rows), self.micro_batch):
+            batch = self.adapted.batch(examples, [rows[first : first + self.micro_batch]])
+            sums, targets, _ = self.adapted.task.losses(self.forward(running.stack, batch.inputs), batch.labels)
+            torch.autograd.backward(sums.sum())
+            loss, counted = loss + sums.detach().sum(), counted + targets.sum()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= counted.clamp(min=1).to(parameter.grad.dtype)
+        running.optimizer.step()
+        return loss / counted.clamp(min=1)
 
     def _dropout(self, cohort: Sequence[Member], step: int, shapes: Sequence[tuple[int, int]]) -> Dropout | None:
         """Masks keyed by client, step and module, drawn in the member's own shape: padding cannot change them."""
@@ -221,6 +267,21 @@ class Trainer:
             return x * mask.view_as(x).to(x.device) / (1 - rate)
 
         return drop
+
+
+def _key(member: Member, trained: AdapterLayout) -> bytes:
+    """Which training it is: what a member learns from, in which order, from where."""
+    digest = sha256(f"{member.dropout_key}|{trained.digest}|{_before(member)}".encode())
+    for part in (*member.batches, member.start):
+        digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes() + b"|")
+    return digest.digest()
+
+
+def _point(running: _Running) -> Point:
+    """Where a cohort of one stands between two steps."""
+    states = {name: state_of(running.optimizer, parameter) for name, parameter in running.stack.items()}
+    values = {name: parameter.detach() for name, parameter in running.stack.items()}
+    return Point(len(running.losses[0]), values, states, torch.stack(running.losses[0]))
 
 
 def _before(member: Member) -> int:

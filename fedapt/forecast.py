@@ -6,9 +6,12 @@ from math import sqrt
 
 from .client.batches import steps_of
 from .privacy.accounting import spent
-from .privacy.example_level import ExampleLevel, example_level_of
-from .privacy.mechanism import Mechanism, mechanism_of
+from .privacy.banded import banded_of
+from .privacy.events import Event
+from .privacy.example_level import example_level_of
+from .privacy.mechanism import mechanism_of
 from .promise import marked
+from .protocols.recipes import recipe_named
 from .protocols.spec import RunSpec
 
 DROWNS = 3.0
@@ -19,8 +22,8 @@ DROWNS = 3.0
 class Forecast:
     """ε at the end under the sampling that the spec declares, of the node with the largest where nodes differ.
 
-    `noise_to_clip` is the norm of a step's noise over the largest norm of the mean that it is added to. `protected` is how
-    many clients, or examples of the smallest node, share the promise.
+    `noise_to_clip` is the norm of a step's noise over the largest norm of the mean that it is added to; of noise that is
+    correlated over rounds, that of the independent noise which would leave as much in the end. `protected` is how many clients, or examples of the smallest node, share the promise.
     """
 
     unit: str
@@ -57,25 +60,31 @@ def forecast(spec: RunSpec, sizes: Sequence[int], dimensions: int) -> Forecast:
     """
     privacy, rounds = spec.privacy, spec.run.rounds
     secret = privacy.noise == "secret"
-    mechanism: Mechanism | ExampleLevel
-    match privacy.unit:
-        case "client":
+    event: Event
+    match privacy.unit, privacy.mechanism:
+        case "client", "banded":
             protected = privacy.population or len(sizes)
-            mechanism, releases = mechanism_of(spec, protected, dimensions), rounds
-        case "example":
+            banded = banded_of(spec, protected, dimensions)
+            event, noise_std, expected = banded.event(secret=secret), banded.independent_std, banded.expected
+        case "client", _:
+            protected = privacy.population or len(sizes)
+            mechanism = mechanism_of(spec, protected, dimensions)
+            event, noise_std, expected = mechanism.event(rounds, secret=secret), mechanism.noise_std, mechanism.expected
+        case "example", _:
             protected = min(sizes)  # the smallest node has the largest share of its examples in a batch
-            releases = rounds * steps_of(protected, spec.local)
-            mechanism = example_level_of(spec, protected, dimensions, releases)
+            steps = rounds * (1 if recipe_named(spec.recipe.name).zeroth else steps_of(protected, spec.local))
+            level = example_level_of(spec, protected, dimensions, steps)
+            event, noise_std, expected = level.event(steps, secret=secret), level.noise_std, level.expected
         case _:
             return Forecast("none")
-    account = spent([mechanism.event(releases, secret=secret)], privacy.delta)
-    noise = mechanism.noise_std * sqrt(dimensions) / mechanism.expected
+    account = spent([event], privacy.delta)
+    noise = noise_std * sqrt(dimensions) / expected
     return Forecast(
         privacy.unit,
         account.epsilon,
         privacy.delta,
         account.method,
-        mechanism.noise_multiplier,
+        event.noise_multiplier,
         noise / privacy.clip,
         protected,
         secret,

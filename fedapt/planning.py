@@ -9,6 +9,7 @@ from .client.adapted import AdaptedModel
 from .client.models import load_model
 from .client.sources import load_tables
 from .client.trainer import COHORT_TOKENS
+from .exchange_planning import exchange_traffic, longest_segment, probes_together
 from .forecast import Forecast, forecast
 from .protocols.codecs import CODECS, uplink_of
 from .protocols.legality import rank_of, recipe_of
@@ -24,7 +25,9 @@ ACTIVATIONS_PER_TOKEN = 34
 @dataclass(frozen=True)
 class Plan:
     """Figures of a run. Bytes are payloads, as the run counts them, those per node a mean over rounds and nodes;
-    `exact_total` is False where chance decides who takes part and that changes the totals: then they are expectations. Memory is in bytes; activations are an estimate."""
+    `exact_total` is False where chance decides who takes part and that changes the totals: then they are expectations. Memory is in bytes; activations are an estimate.
+
+    `longest_segment` is of zeroth-order recipes, whose rounds are exchanges: how many of them a segment of the lattice holds."""
 
     recipe: str
     exact: bool
@@ -44,6 +47,7 @@ class Plan:
     memory_adapters: int
     memory_activations: int
     privacy: Forecast
+    longest_segment: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,9 +60,14 @@ def plan(spec: RunSpec) -> Plan:
     clients = [number for number, size in enumerate(sizes) if size > 0]
     adapted = load_model(spec)
     shared = SharedAdapter(recipe, spec.recipe, adapted.layout, adapted.read())
-    drawn = cohort_size(len(clients), spec.participation)
-    down, up = _traffic(spec, shared, clients)
-    sent = shared.sent(1).size
+    separation = spec.privacy.separation
+    drawn = round(len(clients) / separation) if separation else cohort_size(len(clients), spec.participation)
+    sent, longest = shared.sent(1).size, None
+    if recipe.zeroth:
+        sent, longest = spec.zeroth.directions, longest_segment(spec, drawn)
+        down, up = (len(clients) * each for each in exchange_traffic(spec, drawn))
+    else:
+        down, up = _traffic(spec, shared, clients)
     weights = sum(p.numel() * p.element_size() for p in adapted.model.parameters())
     own = adapted.layout.select(recipe.trains).size
     mixed = len({rank_of(spec, client) for client in clients}) > 1
@@ -77,11 +86,15 @@ def plan(spec: RunSpec) -> Plan:
         down_total=round(down * drawn / len(clients)),
         up_total=round(up * drawn / len(clients)),
         exact_total=spec.run.patience == 0
+        and separation is None
         and (spec.participation.sampling == "all" or (spec.participation.sampling == "fixed" and not mixed)),
         memory_weights=weights,
-        memory_adapters=_chunk(spec) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
+        memory_adapters=4 * own * probes_together(spec)
+        if recipe.zeroth
+        else _chunk(spec) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
         memory_activations=_activations(spec, adapted),
         privacy=forecast(spec, [size for size in sizes if size > 0], sent),
+        longest_segment=longest,
     )
 
 

@@ -41,10 +41,20 @@ def plan_text(plan: "Plan") -> str:
             f"{plan.down_per_node:,} bytes a node and round, {size(plan.down_total)} {total} ({plan.down_total:,})",
         ),
         ("up", f"{plan.up_per_node:,} bytes a node and round, {size(plan.up_total)} {total} ({plan.up_total:,})"),
+        *_lattice(plan),
         ("memory", _memory(plan)),
         ("privacy", plan.privacy.text()),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _lattice(plan: "Plan") -> list[tuple[str, str]]:
+    """Zeroth order: the state is integers, exact as long as a segment does not overflow."""
+    if plan.longest_segment is None:
+        return []
+    return [
+        ("lattice", f"a segment holds {plan.longest_segment:,} exchanges whatever nodes send; the next opens by itself")
+    ]
 
 
 def _memory(plan: "Plan") -> str:
@@ -84,13 +94,13 @@ def recipe_rows(name: str | None) -> list[dict[str, Any]]:
             "name": recipe.name,
             "summary": recipe.summary,
             "paper": recipe.paper,
-            "sends": sorted(recipe.trains),
-            "averages": recipe.averages,
+            "sends": ["codes"] if recipe.zeroth else sorted(recipe.trains),
+            "averages": f"codes along {recipe.directions} directions" if recipe.zeroth else recipe.averages,
             "exact": recipe.exact,
             "linear": recipe.linear,
             "residual": recipe.residual,
             "downlink": _downlink(recipe),
-            "initial_a": [*recipe.initial_a, *(() if recipe.streams else ("eva",))],
+            "initial_a": [*recipe.initial_a, *(() if recipe.streams or recipe.zeroth else ("eva",))],
             "mixed_ranks": recipe.mixes_ranks,
             "server_optimizers": list(recipe.server_optimizers),
             "privacy_units": list(recipe.units),
@@ -111,6 +121,8 @@ def method_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _downlink(recipe: Recipe) -> str:
+    if recipe.zeroth:
+        return "sums of codes" if recipe.directions == "shared" else "everybody's codes"
     if recipe.refactorizes:
         return "B, head and an r×r rotation of A"
     if recipe.refreshes:

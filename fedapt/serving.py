@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .server.link.hub import Hub
     from .server.registry import Registry
     from .server.settings import ServerSettings
-    from .server.store import Store
+    from .server.store import Status, Store
 
 logger = logging.getLogger("fedapt")
 
@@ -289,7 +289,7 @@ def round_rows(place: Place, name: str) -> list[dict[str, Any]]:
     return store.rows(name)
 
 
-def change_run(place: Place, name: str, wish: str) -> None:
+def change_run(place: Place, name: str, wish: "Status") -> None:
     """`stopping` or `running`: a server that serves this store follows within a second.
 
     Raises RunError where there is no such run, or nothing left of it.
@@ -298,7 +298,7 @@ def change_run(place: Place, name: str, wish: str) -> None:
     _require_run(store, name)
     if store.status(name) == "finished":
         raise RunError(f"run {name!r} has finished")
-    store.set_status(name, wish)  # type: ignore[arg-type]
+    store.set_status(name, wish)
 
 
 def _require_run(store: "Store", name: str) -> None:

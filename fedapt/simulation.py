@@ -1,9 +1,11 @@
 """A simulation from spec to result: it wires client, server and simulator together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,10 +21,13 @@ from .protocols.spec import RunSpec
 from .protocols.update import Description
 from .report import ClientScore, Curve, Report, write
 from .server.coordinator import Coordinator, Evaluate, Progress, best_round
+from .server.exchanges import ZerothCoordinator
 from .server.export import one_adapter, save_adapter
+from .server.grid import NodeGrid
 from .server.store import MemoryStore, Row, SqliteStore, Store
 from .sim.federation import Federation, build
 from .sim.grid import LocalGrid
+from .sim.workers import WorkerGrid, cores, prepare, processes
 
 if TYPE_CHECKING:
     from .client.client import Client
@@ -82,21 +87,33 @@ class Result:
         return Path(path)
 
 
-def run(spec: RunSpec, out: Path | None = None, watch: Watch | None = None) -> Result:
+def run(
+    spec: RunSpec,
+    out: Path | None = None,
+    watch: Watch | None = None,
+    *,
+    workers: int = 1,
+    engine: Literal["local", "ray"] = "local",
+) -> Result:
     """Simulate a spec. With `out`, everything is written there, and a run that was interrupted goes on.
 
+    With more than one of `workers` (0: one a core) as many processes train the clients: here, or with `engine = "ray"`
+    on the Ray cluster that this process is part of. The result is the same to the byte.
     On Ctrl-C the result so far is returned (`outcome.complete` is False).
     """
     watch = watch or Silent()
     recipe_of(spec)
     folder = RunFolder(out) if out is not None else None
     watch.say("loading model and data …")
+    if engine == "local" and workers != 1:
+        prepare()
     federation = build(spec)
     watch.say(_greeting(spec, federation))
     if folder is not None:
         federation = federation.keeping(Accounts(folder.sites))
     store = SqliteStore(folder.store) if folder else MemoryStore()
-    outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder)
+    with worker_grid(federation.client, workers, engine) as grid:
+        outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder, grid=grid)
     result = Result(spec, outcome, federation)
     if folder is not None:
         result.save(folder.adapter)
@@ -112,17 +129,22 @@ def coordinate(
     watch: Watch,
     *,
     folder: RunFolder | None = None,
+    grid: NodeGrid | None = None,
 ) -> Outcome:
-    """Run (or resume) a spec over the nodes of `client` on the local grid, until it ends or is interrupted."""
+    """Run (or resume) a spec over the nodes of `client` on the local grid, until it ends or is interrupted.
+
+    `grid` reaches the same nodes in another way.
+    """
 
     def portion(progress: Progress) -> None:
         watch.portion(progress.round, progress.answered / max(1, progress.cohort))
 
-    coordinator = Coordinator(spec, LocalGrid(client), store, evaluate=evaluate, progress=portion)
+    kind = ZerothCoordinator if recipe_of(spec).zeroth else Coordinator
+    coordinator = kind(spec, grid or LocalGrid(client), store, evaluate=evaluate, progress=portion)
     rows = store.rows(spec.run.name)
     if folder is not None:
         folder.begin(spec, rows)
-    watch.start(spec.run.name, spec.run.rounds, len(rows) - 1)
+    watch.start(spec.run.name, spec.run.rounds, rows[-1]["round"])
     complete = True
     try:
         for row in coordinator.rounds():
@@ -133,6 +155,22 @@ def coordinate(
         complete = False
     adapter = coordinator.adapter(coordinator.best_round())
     return Outcome(store.rows(spec.run.name), coordinator.description, adapter, complete)
+
+
+@contextmanager
+def worker_grid(client: "Client", workers: int, engine: Literal["local", "ray"]) -> Iterator[NodeGrid]:
+    """The nodes of a client as reached through workers; one local worker is this process."""
+    if engine == "ray":
+        from .sim.ray_workers import actors
+
+        with actors(client, workers) as pool:
+            yield WorkerGrid(client, pool)
+        return
+    if (count := workers or cores()) == 1:
+        yield LocalGrid(client)
+        return
+    with processes(client, count) as pool:
+        yield WorkerGrid(client, pool)
 
 
 def client_scores(federation: Federation, start: Flat, end: Flat) -> list[ClientScore]:
@@ -168,6 +206,18 @@ def _trainable(federation: Federation) -> str:
     return f"{federation.client.trained.size:,} of {whole:,} parameters"
 
 
+def _trainer_and_codec(spec: RunSpec) -> dict[str, str]:
+    local, zeroth = spec.local, spec.zeroth
+    sizes = f"rate {local.learning_rate:g}, batch {local.batch_size}"
+    if recipe_of(spec).zeroth:
+        probes = f"{zeroth.directions} directions, {zeroth.sides}-sided, radius {zeroth.radius:g}, {sizes}"
+        return {"Local training": probes, "Codec": f"{zeroth.code}, one code a direction"}
+    return {
+        "Local training": f"{local.optimizer}, {sizes}",
+        "Codec": f"{spec.wire.downlink} down, {spec.wire.codec} up",
+    }
+
+
 def _report(result: Result) -> Report:
     spec, federation = result.spec, result.federation
     facts = {
@@ -175,8 +225,7 @@ def _report(result: Result) -> Report:
         "Base": spec.model.base.rstrip("/").rpartition("/")[2],
         "Clients": f"{len(federation.client.nodes()):,}" + (f" (+{federation.empty} empty)" * bool(federation.empty)),
         "Trainable": _trainable(federation),
-        "Local training": f"{spec.local.optimizer}, rate {spec.local.learning_rate:g}, batch {spec.local.batch_size}",
-        "Codec": f"{spec.wire.downlink} down, {spec.wire.codec} up",
+        **_trainer_and_codec(spec),
         "Privacy": result.privacy.text(),
         "Seed": str(spec.run.seed),
     }

@@ -67,11 +67,25 @@ column = "module"
 """
 
 
+FIRST_ORDER_ALONE = """\
+steps = 4                       # batches a round; or epochs = 1
+"""
+WIRE = STARTER[STARTER.index("[wire]") : STARTER.index("[data]")]
+ZEROTH = """\
+[zeroth]                        # a round is one exchange: one byte a direction goes up, and everybody's come down
+directions = 16                 # that a node probes in an exchange
+radius = 1e-2                   # of a probe
+code = "int8"                   # int8 | log8 | 1-bit
+
+"""
+
+
 def starter_spec(recipe: str) -> str:
     """The text for a recipe. Raises SpecError for an unknown name."""
     check = {"model": {"base": "x", "task": "causal-lm"}, "recipe": {"name": recipe}}
     known = recipe_of(RunSpec.check(check, where="--recipe"))
-    return STARTER.format(
+    text = STARTER.replace(FIRST_ORDER_ALONE, "").replace(WIRE, ZEROTH) if known.zeroth else STARTER
+    return text.format(
         recipe=recipe,
         pad=" " * max(1, 24 - len(recipe)),
         summary=RECIPES[recipe].summary,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from math import isclose
 from pathlib import Path
 
 from sqlalchemy.exc import DatabaseError
@@ -65,6 +66,22 @@ class Ledger:
             f"one more release would bring epsilon from {before:.4f} to {after:.4f} at delta = {delta:g}, and the cap "
             f"is {epsilon:g}. Stop here, and what was released keeps its promise; or allow "
             "a larger epsilon, and from the start more noise or fewer rounds"
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was charged."""
+        return not self._releases
+
+    def is_of(self, event: MatrixEvent) -> bool:
+        """Whether this one event is all that was charged: its noise to nine digits, for it may be solved for anew."""
+        held = list(self._releases.items())
+        if len(held) != 1 or held[0][1] != 1:
+            return False
+        own = replace(event, noise_std=event.noise_multiplier, sensitivity=1.0)
+        (other, _) = held[0]
+        return isclose(other.noise_multiplier, own.noise_multiplier, rel_tol=1e-9) and own == replace(
+            other, noise_std=own.noise_std, sensitivity=1.0
         )
 
     def after(self, events: Iterable[Event]) -> "Ledger":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..protocols.errors import PrivacyError
+from ..protocols.keys import derive
 from .randomness import Integers, Randomness
 
 
@@ -54,6 +55,15 @@ def fixed_size(nodes: Collection[int], size: int, source: Randomness) -> tuple[i
 def everybody(nodes: Collection[int]) -> tuple[int, ...]:
     """All of the `nodes`, ascending: nothing is drawn, and no amplification may be claimed."""
     return tuple(sorted(nodes))
+
+
+def in_turn(nodes: Collection[int], separation: int, round_: int) -> tuple[int, ...]:
+    """The `nodes` whose turn it is in a round, ascending: nothing is drawn, and no amplification may be claimed.
+
+    A node's turn follows from its id alone, and comes once in each `separation` rounds. So whoever comes and goes moves
+    no other's turn, and after a crash no turn is lost or had twice.
+    """
+    return tuple(sorted(node for node in nodes if (derive(0, "turn", node) - round_) % separation == 0))
 
 
 def _words(count: int, source: Randomness) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -1,6 +1,6 @@
 """What a spec may combine with its recipe: checked before anything runs, each refusal with the nearest legal choice."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import SpecError
 from .keys import derive
@@ -20,6 +20,7 @@ def recipe_of(spec: RunSpec) -> Recipe:
 def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
     """Every reason why `spec` may not run with `recipe`, each with the nearest legal choice."""
     return [
+        *_of_exchanges(spec, recipe),
         *_of_the_step(spec, recipe),
         *_of_the_adapter(spec, recipe),
         *_of_the_start(spec, recipe),
@@ -36,10 +37,40 @@ def initial_a(spec: RunSpec) -> Literal["kaiming", "orthonormal", "eva"]:
     return spec.recipe.initial_a or recipe_of(spec).initial_a[0]
 
 
+RANKED = ("lora", "dora", "adalora", "vera", "nola")
+"""The adapter methods that have a rank."""
+
+
 def rank_of(spec: RunSpec, node: int) -> int:
-    """The rank that a node can afford: one of `adapter.ranks` by key; 0 where they are not mixed (the adapter's own)."""
+    """What a virtual node says that it can afford: one of `adapter.ranks` by key; 0 (any) where they are not mixed."""
     ranks = spec.adapter.ranks
     return ranks[derive(spec.run.seed, "rank", node) % len(ranks)] if ranks else 0
+
+
+def rank_for(spec: RunSpec, most: int) -> int:
+    """The rank at which a node trains that can afford `most` (0: any); 0 stands for the adapter's own.
+
+    It is the largest of `adapter.ranks` that fits, or `most` itself where there are none and the run may mix ranks: the
+    truncation nearest to the whole adapter that the node can hold. Raises SpecError, with the reason, where none fits.
+    """
+    adapter = spec.adapter
+    if adapter.method not in RANKED:
+        return 0
+    if adapter.ranks:
+        fitting = [rank for rank in adapter.ranks if most == 0 or rank <= most]
+        if not fitting:
+            raise SpecError(
+                f"the node can afford rank {most}, and the smallest of adapter.ranks = {list(adapter.ranks)} is "
+                f"{min(adapter.ranks)}. Nearest legal: a run with {most} among its ranks."
+            )
+        return max(fitting)
+    if most == 0 or most >= adapter.rank:
+        return 0
+    mixed = adapter.model_copy(update={"ranks": (most, adapter.rank)})
+    problems = illegal(spec.model_copy(update={"adapter": mixed}), recipe_named(spec.recipe.name))
+    if problems:
+        raise SpecError(f"the node can afford rank {most}, and this run needs rank {adapter.rank}: {problems[0]}")
+    return most
 
 
 def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
@@ -50,6 +81,8 @@ def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
             why = "its state lives in A's basis, which rotates each round, and elementwise scaling does not rotate"
         if recipe.alternates:
             why = "its memory would move the factor that a round keeps fixed"
+        if recipe.zeroth:
+            why = "every node moves its lattice by the same integers, without a memory"
         problems.append(
             f'recipe.optimizer = "{spec.recipe.optimizer}" is illegal with {recipe.name}: {why}. '
             f'Nearest legal: "{recipe.server_optimizers[-1]}".'
@@ -64,7 +97,7 @@ def _of_the_step(spec: RunSpec, recipe: Recipe) -> list[str]:
 
 def _of_the_adapter(spec: RunSpec, recipe: Recipe) -> list[str]:
     problems = []
-    if spec.adapter.method != "lora" and recipe.name not in ("fedit", "diloco"):
+    if spec.adapter.method != "lora" and recipe.name not in ("fedit", "diloco") and not recipe.zeroth:
         problems.append(
             f'recipe.name = "{recipe.name}" is illegal with adapter.method = "{spec.adapter.method}": the recipe works '
             'on the factors of ΔW = B·A, which this method does not have. Nearest legal: "fedit", the mean of what is '
@@ -113,7 +146,7 @@ def _of_eva(spec: RunSpec, recipe: Recipe) -> list[str]:
         problems.append(f'{eva} with adapter.method = "{spec.adapter.method}", which has no A of its own. {nearest}')
     if spec.adapter.start:
         problems.append(f'{eva} with adapter.start = "{spec.adapter.start}", which has an A already. {nearest}')
-    if recipe.streams:
+    if recipe.streams or recipe.zeroth:
         problems.append(
             f"{eva} with {recipe.name}: nodes begin from tensors of their own, and two machines may compute another A. "
             f"{nearest}"
@@ -134,6 +167,8 @@ ON_ENTRIES = ("median", "trimmed-mean", "ties", "breadcrumbs", "pcb", "fisher")
 
 def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
     name = spec.recipe.aggregator
+    if recipe.zeroth:
+        return _of_trimming(name, recipe)
     why = ""
     if name in ON_ENTRIES and "A" in recipe.trains and not recipe.alternates and spec.adapter.method == "lora":
         why = "an entry of A or B means something only in the basis that a node trained in, and each has its own"
@@ -151,6 +186,17 @@ def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
     if name != "mean" and recipe.averages == "by-norm":
         why, nearest = f"{recipe.name} gives the weights itself, by a norm that any node can make large", "mean"
     return [f'recipe.aggregator = "{name}" is illegal here: {why}. Nearest legal: "{nearest}".'] if why else []
+
+
+def _of_trimming(name: str, recipe: Recipe) -> list[str]:
+    """Nodes' codes are added; where all probe the same directions, the extreme ones may be left out."""
+    if name == "mean" or (name == "trimmed-mean" and recipe.directions == "shared"):
+        return []
+    why = "codes are of directions, not of tensors"
+    if name == "trimmed-mean":
+        why = "nodes probe different directions, so there is nothing to compare"
+    nearest = '"trimmed-mean"' if recipe.directions == "shared" else '"mean", or recipe.name = "dpzo"'
+    return [f'recipe.aggregator = "{name}" is illegal with {recipe.name}: {why}. Nearest legal: {nearest}.']
 
 
 def _of_the_wire(spec: RunSpec, recipe: Recipe) -> list[str]:
@@ -186,6 +232,9 @@ def _of_fragments(spec: RunSpec, recipe: Recipe) -> list[str]:
 
 def _of_privacy(spec: RunSpec, recipe: Recipe) -> list[str]:
     unit = spec.privacy.unit
+    if unit not in recipe.units and recipe.zeroth:
+        why = "nodes probe directions of their own, so each code would need noise of its own"
+        return [f'privacy.unit = "{unit}" is illegal with {recipe.name}: {why}. Nearest legal: recipe.name = "dpzo".']
     if unit not in recipe.units:
         why = "the aggregate is no linear sum of what nodes send, so noise on a sum does not cover it"
         if recipe.streams or recipe.alternates:
@@ -214,6 +263,16 @@ def _of_privacy(spec: RunSpec, recipe: Recipe) -> list[str]:
             f'adapter.ranks = {list(spec.adapter.ranks)} is illegal with privacy.unit = "client" in this version. '
             "Nearest legal: one rank."
         )
+    if unit == "client" and spec.participation.spare > 0:
+        problems.append(
+            f'participation.spare = {spec.participation.spare:g} is illegal with privacy.unit = "client": who is quick '
+            "would decide who counts. Nearest legal: 0."
+        )
+    if unit != "none" and spec.participation.evaluates:
+        problems.append(
+            f'participation.evaluates = true is illegal with privacy.unit = "{unit}": exact scores on a node\'s own data '
+            "are a release without noise. Nearest legal: false, and evaluation on data that is public."
+        )
     if unit == "example" and spec.adapter.dropout > 0:
         problems.append(
             f'adapter.dropout = {spec.adapter.dropout} is illegal with privacy.unit = "example": its masks are keyed by '
@@ -223,7 +282,64 @@ def _of_privacy(spec: RunSpec, recipe: Recipe) -> list[str]:
         problems.append(
             'privacy.clipping = "adaptive" and privacy.population are of unit = "client". Nearest legal: remove them.'
         )
+    return problems + (_of_banded(spec, recipe) if spec.privacy.mechanism == "banded" else [])
+
+
+def _of_banded(spec: RunSpec, recipe: Recipe) -> list[str]:
+    banded = 'is illegal with privacy.mechanism = "banded"'
+    problems = []
+    if spec.privacy.unit != "client":
+        problems.append(
+            f'privacy.mechanism = "banded" is of unit = "client", and this is "{spec.privacy.unit}". '
+            'Nearest legal: "gaussian".'
+        )
+    if spec.participation.sampling != "all":
+        problems.append(
+            f'participation.sampling = "{spec.participation.sampling}" {banded}: clients have turns instead of a draw. '
+            'Nearest legal: "all".'
+        )
+    if spec.privacy.clipping != "fixed":
+        problems.append(
+            f'privacy.clipping = "{spec.privacy.clipping}" {banded}: its noise is of one clip for the whole run. '
+            'Nearest legal: "fixed".'
+        )
+    if recipe.refactorizes or recipe.refreshes:
+        problems.append(
+            f'recipe.name = "{recipe.name}" {banded}: it changes the basis from round to round, and noise that is taken '
+            'back must be in the basis in which it was added. Nearest legal: "ffa".'
+        )
     return problems
+
+
+def _of_exchanges(spec: RunSpec, recipe: Recipe) -> list[str]:
+    """What exchanges of codes have no place for."""
+    if not recipe.zeroth:
+        given = spec.zeroth.model_dump(exclude_defaults=True)
+        return [f"zeroth.{key}: read by onebyte, kseed and dpzo alone; remove the key." for key in given]
+    usual = RunSpec.model_validate({"model": spec.model.model_dump(), "recipe": {"name": recipe.name}})
+    why = {
+        "local.steps": "an exchange is one batch",
+        "local.epochs": "an exchange is one batch",
+        "local.weight_decay": "it would round the lattice in every exchange",
+        "adapter.dropout": "probes of one loss must see one model",
+        "recipe.learning_rate": "local.learning_rate is the step",
+        "privacy.clipping": "clip, noise and the range of a code are three constants",
+        "privacy.mechanism": "each exchange is charged for itself",
+        "wire.codec": "zeroth.code is what nodes send in",
+        "wire.downlink": "nodes receive codes",
+    }
+    if recipe.directions != "pool":
+        why |= dict.fromkeys(("zeroth.pool", "zeroth.importance"), "only kseed has a pool")
+    return [
+        f"{key} = {value!r} is illegal with {recipe.name}: {reason}. Nearest legal: remove the key."
+        for key, reason in why.items()
+        if (value := _at(spec, key)) != _at(usual, key)
+    ]
+
+
+def _at(spec: RunSpec, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(spec, section), name)
 
 
 def _of_unused_keys(spec: RunSpec, recipe: Recipe) -> list[str]:

@@ -33,6 +33,9 @@ PROTOCOLS = range(1, 2)
 FRAME_BYTES = CHUNK_BYTES + (64 << 10)
 """No honest frame is larger."""
 
+MOST_RANK = 1 << 16
+"""A factor pair has at most the rank of its layer, and no layer is so wide both ways."""
+
 MOST_METRICS = 64
 LONGEST_NAME = 128
 DIGEST_BYTES, QUESTION_BYTES = 32, 16
@@ -47,7 +50,7 @@ FAILED = "failed"
 
 def question_id(kind: pb.Kind, asked: Assignment) -> bytes:
     """16 bytes that are the same whenever the same is asked, so that an answer that is there already serves again."""
-    text = f"{kind}|{asked.run}|{asked.round}|{asked.attempt}|{asked.node}|{asked.version}"
+    text = f"{kind}|{asked.run}|{asked.round}|{asked.attempt}|{asked.node}|{asked.version}|{asked.rank}"
     return hashlib.sha256(text.encode()).digest()[:QUESTION_BYTES]
 
 
@@ -66,11 +69,12 @@ def question(kind: pb.Kind, asked: Assignment, spec: pb.Blob, payload: pb.Blob) 
         version=asked.version,
         spec=spec,
         payload=payload,
+        rank=asked.rank,
     )
 
 
 def assignment(asked: pb.Question, node: int, payload: bytes) -> Assignment:
-    return Assignment(asked.run, asked.round, asked.attempt, node, asked.version, payload)
+    return Assignment(asked.run, asked.round, asked.attempt, node, asked.version, payload, asked.rank)
 
 
 def result(answered: pb.Question, update: Update) -> pb.Result:
@@ -140,6 +144,7 @@ def read_up(raw: bytes) -> pb.Up | None:
     match frame.WhichOneof("frame"):
         case "hello":
             _short(software=frame.hello.software)
+            _rank(frame.hello.rank)
         case "want":
             _digest(frame.want.sha256)
         case "result":
@@ -227,6 +232,7 @@ def _question(asked: pb.Question) -> None:
     _short(run=asked.run, version=asked.version)
     _blob(asked.spec)
     _blob(asked.payload)
+    _rank(asked.rank)
 
 
 def _blob(named: pb.Blob) -> None:
@@ -245,6 +251,11 @@ def _digest(value: bytes) -> None:
 def _id(value: bytes) -> None:
     if len(value) != QUESTION_BYTES:
         raise PayloadError(f"a question id of {len(value)} bytes; {QUESTION_BYTES} expected")
+
+
+def _rank(value: int) -> None:
+    if value > MOST_RANK:
+        raise PayloadError(f"a rank of {value}; at most {MOST_RANK}")
 
 
 def _body(value: bytes) -> None:

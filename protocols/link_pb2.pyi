@@ -81,14 +81,16 @@ class Down(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., question: _Optional[_Union[Question, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., exchange: _Optional[_Union[Exchange, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("oldest", "newest", "software")
+    __slots__ = ("oldest", "newest", "software", "rank")
     OLDEST_FIELD_NUMBER: _ClassVar[int]
     NEWEST_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     oldest: int
     newest: int
     software: str
-    def __init__(self, oldest: _Optional[int] = ..., newest: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
+    rank: int
+    def __init__(self, oldest: _Optional[int] = ..., newest: _Optional[int] = ..., software: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol", "software", "beat_seconds")
@@ -119,7 +121,7 @@ class Blob(_message.Message):
     def __init__(self, sha256: _Optional[bytes] = ..., size: _Optional[int] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Question(_message.Message):
-    __slots__ = ("id", "kind", "run", "round", "attempt", "version", "spec", "payload")
+    __slots__ = ("id", "kind", "run", "round", "attempt", "version", "spec", "payload", "rank")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +130,7 @@ class Question(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     kind: Kind
     run: str
@@ -136,7 +139,8 @@ class Question(_message.Message):
     version: str
     spec: Blob
     payload: Blob
-    def __init__(self, id: _Optional[bytes] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[Blob, _Mapping]] = ..., payload: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    rank: int
+    def __init__(self, id: _Optional[bytes] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[Blob, _Mapping]] = ..., payload: _Optional[_Union[Blob, _Mapping]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("question", "kind", "weight", "metrics", "reason", "payload")

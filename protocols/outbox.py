@@ -22,10 +22,12 @@ class Outbox:
         self._frames: deque[bytes] = deque()
         self._blobs: dict[bytes, tuple[bytes, int]] = {}
         self._filled = asyncio.Event()
+        self._overflown = False
 
     def put(self, frame: bytes) -> None:
-        """Raises OverflowError where the peer has stopped reading."""
-        if len(self._frames) >= MOST_FRAMES:
+        """Raises OverflowError where the peer has stopped reading: from then on, because a frame is lost."""
+        self._overflown |= len(self._frames) >= MOST_FRAMES
+        if self._overflown:
             raise OverflowError(f"{MOST_FRAMES} frames wait for a peer that does not read")
         self._frames.append(frame)
         self._filled.set()

@@ -31,6 +31,8 @@ class Recipe:
     `period` rounds `B·A` moves to the frozen factors, and training starts anew in another row space. `streams`: nodes go
     on from tensors of their own, and each round synchronizes one fragment of them in turn. `linear`: the
     aggregate is a linear sum of what nodes send. `exact`: it is the mean product itself, but for a rank budget.
+    `directions`: along which random directions nodes send slopes in place of tensors: each along its `own`, along some of
+    a `pool`, or all along the same (`shared`); a round is then one exchange (`protocols/exchange.py`).
     """
 
     name: str
@@ -50,6 +52,12 @@ class Recipe:
     linear: bool = True
     exact: bool = True
     units: tuple[str, ...] = ("none",)
+    directions: Literal["none", "own", "pool", "shared"] = "none"
+
+    @property
+    def zeroth(self) -> bool:
+        """Whether nodes send slopes along random directions, one code each, and not tensors."""
+        return self.directions != "none"
 
     @property
     def has_frozen(self) -> bool:
@@ -225,8 +233,36 @@ RECIPES: dict[str, Recipe] = {
             exact=False,
             units=("none", "example", "client"),
         ),
+        Recipe(
+            name="onebyte",
+            summary="send one byte for the slope along each of a node's own random directions; all apply all",
+            paper="Just One Byte, arXiv 2306.10015",
+            trains=BOTH,
+            server_optimizers=REPLACED,
+            directions="own",
+        ),
+        Recipe(
+            name="kseed",
+            summary="as onebyte, along a pool of directions: a late joiner gets one sum for each of them",
+            paper="FedKSeed, arXiv 2312.06353",
+            trains=BOTH,
+            server_optimizers=REPLACED,
+            directions="pool",
+        ),
+        Recipe(
+            name="dpzo",
+            summary="all nodes probe the same directions; slopes are one vector, clipped once, noised as a sum",
+            paper="DPZero, arXiv 2310.09639; DP-ZO, arXiv 2401.04343",
+            trains=BOTH,
+            server_optimizers=REPLACED,
+            units=("none", "example", "client"),
+            directions="shared",
+        ),
     )
 }
+
+FIRST_ORDER = {name: recipe for name, recipe in RECIPES.items() if not recipe.zeroth}
+"""Those whose nodes send tensors, in rounds."""
 
 
 def recipe_named(name: str) -> Recipe:

@@ -23,6 +23,7 @@ LONGEST_REASON = 1000
 """Characters of a node's reason that are kept."""
 
 DESCRIBE = "query.describe"
+RANK = "query.rank"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -50,6 +51,7 @@ def assignment_to_records(assignment: Assignment) -> RecordDict:
         "attempt": assignment.attempt,
         "node": assignment.node,
         "version": assignment.version,
+        "rank": assignment.rank,
     }
     return RecordDict({"payload": _payload(assignment.payload), "assignment": ConfigRecord(fields)})
 
@@ -64,6 +66,7 @@ def assignment_from_records(records: RecordDict) -> Assignment:
         node=_field(config, "node", int),
         version=_field(config, "version", str),
         payload=_bytes(records),
+        rank=_rank(config),
     )
 
 
@@ -144,6 +147,23 @@ def description_from_records(records: RecordDict) -> Description:
         raise PayloadError("not a description: the adapter's config is no JSON object")
     start = CODECS["fp32"].decode(_bytes(records), layout)
     return Description(layout=layout, start=start, config=adapter_config, base=_field(config, "base", str))
+
+
+def rank_to_records(rank: int) -> RecordDict:
+    """The largest rank that a node can afford; 0: any."""
+    return RecordDict({"stated": ConfigRecord({"rank": rank})})
+
+
+def rank_from_records(records: RecordDict) -> int:
+    """Raises PayloadError where the records state no rank."""
+    return _rank(_config(records, "stated"))
+
+
+def _rank(config: ConfigRecord) -> int:
+    rank: int = _field(config, "rank", int)
+    if rank < 0:
+        raise PayloadError(f"rank = {rank} in a message: 0 or more expected")
+    return rank
 
 
 def _metrics(records: RecordDict) -> dict[str, float]:

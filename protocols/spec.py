@@ -196,12 +196,27 @@ class Local(Section):
 
 
 class Participation(Section):
-    """Who trains in a round: everybody, a fixed share without replacement, or each node with probability `rate`."""
+    """Who trains in a round: everybody, a fixed share without replacement, or each node with probability `rate`.
+
+    A round needs `minimum` answers. Of a fixed share, `spare` is drawn on top (0.25: a quarter more), and the slowest
+    are not waited for. With `evaluates`, nodes score the adapter of each evaluated round on their own data.
+    """
 
     sampling: Literal["all", "fixed", "poisson"] = "all"
     rate: Fraction = 1.0
     minimum: Annotated[int, Field(ge=0)] = 1
     deadline_seconds: PositiveFloat = 600.0
+    spare: NonNegative = 0.0
+    evaluates: bool = False
+
+    @model_validator(mode="after")
+    def _spares_are_of_a_share(self) -> Self:
+        if self.spare and self.sampling != "fixed":
+            raise ValueError(
+                f'spare = {self.spare:g} is illegal with sampling = "{self.sampling}": answers of a fixed share alone '
+                'can be enough. Nearest legal: sampling = "fixed", or spare = 0'
+            )
+        return self
 
 
 class Privacy(Section):
@@ -210,6 +225,8 @@ class Privacy(Section):
     `epsilon` is a cap at `delta`: noise is solved for, and the run stops before the cap is passed. `noise_multiplier`
     states the noise instead (standard deviation ÷ sensitivity). `clip` is the largest L2 norm of what one unit
     contributes; `clipping = "adaptive"` lets it follow the median norm, from there on, at a price that is charged.
+    `mechanism` is of the unit client: `gaussian` noises each round for itself; `banded` is for clients that cannot be
+    sampled, with noise that is correlated over the rounds, and each client has its turn once in `separation` rounds.
     `population` is the number of clients that is taken to be public. `noise = "simulation"` is fast, repeatable, and
     NOT private: ledger, report and adapter say so.
     """
@@ -219,6 +236,8 @@ class Privacy(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     clip: Annotated[float, Field(ge=2.0**-100, allow_inf_nan=False)] = 1.0
     clipping: Literal["fixed", "adaptive"] = "fixed"
+    mechanism: Literal["gaussian", "banded"] = "gaussian"
+    separation: Positive | None = None
     noise_multiplier: PositiveFloat | None = None
     population: Positive | None = None
     noise: Literal["secret", "simulation"] = "secret"
@@ -231,6 +250,16 @@ class Privacy(Section):
         given = {name for name in self.model_fields_set - {"unit"} if getattr(self, name) != fields[name].default}
         if self.unit == "none" and given:
             raise ValueError(f'{min(given)} has no meaning with unit = "none": remove it, or choose a unit')
+        return self
+
+    @model_validator(mode="after")
+    def _separation_of_banded(self) -> Self:
+        if self.mechanism == "banded" and self.separation is None:
+            raise ValueError(
+                'separation is missing: mechanism = "banded" needs the rounds between two turns of a client'
+            )
+        if self.mechanism == "gaussian" and self.separation is not None:
+            raise ValueError(f'separation = {self.separation} is of mechanism = "banded": remove it, or choose that')
         return self
 
 
@@ -246,6 +275,25 @@ class Wire(Section):
     density: Fraction = 0.1
     coefficients: Positive = 4096
     values: Literal["fp32", "bf16", "int8", "fp4"] = "fp32"
+
+
+class Zeroth(Section):
+    """The low-bandwidth mode (recipes onebyte, kseed, dpzo): a round is one exchange, and a node sends one code a direction.
+
+    In an exchange a node probes its loss along `directions` random directions, at w ± `radius`·z (`sides = "one"`: at
+    w + radius·z against w, half the work and more error). `code` is how a slope becomes a code; `clip` is the largest
+    slope that one stands for, or, left out, follows a public rule from the codes that everybody saw. Under
+    privacy.unit = "client" the range is privacy.clip. `pool` is how many directions there are in all under kseed, and
+    `importance` says whether those with large slopes are probed more often.
+    """
+
+    directions: Annotated[int, Field(ge=1, le=4096)] = 16
+    radius: PositiveFloat = 1e-3
+    sides: Literal["two", "one"] = "two"
+    code: Literal["int8", "log8", "1-bit"] = "int8"
+    clip: PositiveFloat | None = None
+    pool: Annotated[int, Field(ge=2, le=2**16)] = 1024
+    importance: bool = True
 
 
 class Partition(Section):
@@ -301,6 +349,7 @@ class RunSpec(Section):
     participation: Participation = Participation()
     privacy: Privacy = Privacy()
     wire: Wire = Wire()
+    zeroth: Zeroth = Zeroth()
     data: Data | None = None
 
     @classmethod

@@ -34,7 +34,10 @@ def version_of(layout: AdapterLayout, flat: Flat) -> str:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one node is asked to do in one round: train from the global adapter `version`, coded in `payload`."""
+    """What one node is asked to do in one round: train from the global adapter `version`, coded in `payload`.
+
+    `rank` is the one at which the server has truncated the adapter, and at which the node trains; 0: the adapter's own.
+    """
 
     run: str
     round: int
@@ -42,6 +45,7 @@ class Assignment:
     node: int
     version: str
     payload: bytes = field(repr=False)
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Update:
 
     `kind` is `delta` (trained minus received tensors, over the recipe's trained layout) or `empty` (a node without
     data, or with nothing to send) or `refused`, for the node's own `reason`. `weight` is the number of examples the node holds.
+
+    `rank` is the assignment's, which the server sets when it takes the update in: a node does not tell it. None: it was
+    taken in before ranks were kept.
     """
 
     run: str
@@ -62,3 +69,4 @@ class Update:
     payload: bytes = field(repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    rank: int | None = None

@@ -1,6 +1,6 @@
 """The path that an audit runs: what the server does with a round's updates, over a small adapter of its own.
 
-    change ─► codec ─► ClientLevel.release ─► advance ─► the next adapter ─► `read`: the sum, as anybody can have it
+    change ─► codec ─► client_level(…).release ─► advance ─► the next adapter ─► `read`: the sum, as anybody can have it
 
 Nothing of it is a copy: codec, release and step are those of a run. Three things are chosen so that nothing hides what
 was released: the adapter is small and starts from zero, A has orthonormal rows, and the server's step is plain SGD of
@@ -9,12 +9,14 @@ rate 1. Whatever else a server does with a release is post-processing and cannot
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ..privacy.audit import Values
-from ..privacy.events import GaussianEvent
+from ..privacy.banded import encoder
+from ..privacy.clipping import BIT_NOISE
+from ..privacy.events import Event, sum_multiplier
 from ..protocols.codecs import codec_of
 from ..protocols.keys import derive, generator
 from ..protocols.layout import A_SUFFIX, B_SUFFIX, AdapterLayout, Flat, TensorSpec
@@ -22,12 +24,16 @@ from ..protocols.legality import recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from .advance import advance
-from .private import ClientLevel
+from .optimizers import Buffers
+from .private import client_level
 from .rounds import Contribution
 
 RANK, INPUTS, OUTPUTS = 4, 16, 96
 FIRST = 1
 """The round of the recipe. Releases are numbered apart from it: each is another first round."""
+
+LONGEST = 32
+"""Rounds of a run that is audited whole, if that is at least two of its separations."""
 
 
 class AuditedPath:
@@ -39,18 +45,27 @@ class AuditedPath:
         self.codec = codec_of(spec.wire)
         self.shared = _shared(self.spec)
         self.sent = self.shared.sent(FIRST)
-        self.private = ClientLevel(self.spec, population, self.sent.size)
+        self.private = client_level(self.spec, population, self.sent.size)
 
-    def again(self, **privacy: Any) -> "AuditedPath":
+    def again(self, **privacy: Any) -> Self:
         """The same mechanism built anew, with the same noise multiplier, and with these settings of privacy."""
-        privacy = {"noise_multiplier": self.private.mechanism.noise_multiplier, **privacy}
-        changed = self.spec.privacy.model_copy(update=privacy)
-        return AuditedPath(self.spec.model_copy(update={"privacy": changed}), self.population)
+        return type(self)(self._solved(**privacy), self.population)
 
     @cached_property
-    def event(self) -> GaussianEvent:
-        """What a release charges."""
-        return self.private.release([], {}, 0)[2]
+    def event(self) -> Event:
+        """What a first release charges."""
+        (event,) = self.private.release([], {}, 1)[2]
+        return event
+
+    @property
+    def noise_std(self) -> float:
+        """The noise on the sum that the event charges; an adaptive clip's bits take a part of the charge: it is more."""
+        event, privacy = self.event, self.spec.privacy
+        if privacy.clipping == "fixed":
+            return event.noise_std
+        changed = 2 if event.relation == "replace-one" else 1
+        bits = max(BIT_NOISE * self.private.mechanism.expected, event.noise_multiplier * changed)
+        return sum_multiplier(event.noise_multiplier, bits / changed) * event.sensitivity
 
     @property
     def size(self) -> int:
@@ -65,13 +80,26 @@ class AuditedPath:
     def release(self, changes: Sequence[Flat], number: int) -> Values:
         """The noised sum of decoded `changes` as it is read off the next adapter: float64 (size,)."""
         mean, _, _ = self.private.release(changes, {}, number)
-        state = self.shared.initial_state()
-        after, _, _ = advance(self.shared, state, state, {}, [Contribution(1.0, mean)], number=FIRST)
-        return self._read(after) * self.private.mechanism.expected
+        return self._stepped(mean) * self.private.mechanism.expected
+
+    def scores(self, directions: Values, released: Values) -> Values:
+        """How much each of `directions` (float64 (K, size), of norm 1) is in a release: float64 (K,)."""
+        return directions @ released
 
     def draw(self, nodes: Sequence[int], number: int) -> tuple[int, ...]:
         """The cohort of a round."""
         return self.private.draw(nodes, number)
+
+    def _solved(self, **privacy: Any) -> RunSpec:
+        """The spec with the noise multiplier that was solved for, and these settings of privacy."""
+        privacy = {"noise_multiplier": self.private.mechanism.noise_multiplier, **privacy}
+        return self.spec.model_copy(update={"privacy": self.spec.privacy.model_copy(update=privacy)})
+
+    def _stepped(self, mean: Flat) -> Values:
+        """A noised mean as the adapter has it after the step."""
+        state = self.shared.initial_state()
+        after, _, _ = advance(self.shared, state, state, {}, [Contribution(1.0, mean)], number=FIRST)
+        return self._read(after)
 
     def _read(self, state: Flat) -> Values:
         """What the step added, float64 over `sent`: where A stays, B is read off the products, in A's own basis."""
@@ -86,6 +114,60 @@ class AuditedPath:
             start = self.shared.layout.view(self.shared.start, pair.a.name)
             tensors[pair.b.name] = product @ start.T.astype(np.float64)
         return np.concatenate([tensors[tensor.name].ravel() for tensor in self.sent.tensors])
+
+
+class AuditedRun(AuditedPath):
+    """A release is here all rounds of a run, with noise that is correlated over them (`privacy/banded.py`).
+
+    Each change is that of one client, which sends it in each of its turns; all have their first turn in round 1, for
+    that is the worst one. Of the rounds' sums x̂ that are read off the adapters, C·x̂ is given, in which noise is
+    independent: float64 (rounds · size,). A long run is audited as one of fewer rounds, with the same noise multiplier.
+    """
+
+    def __init__(self, spec: RunSpec, population: int) -> None:
+        assert spec.privacy.separation is not None, "a spec with a banded mechanism has a separation"
+        rounds = min(spec.run.rounds, max(LONGEST, 2 * spec.privacy.separation))
+        super().__init__(spec.model_copy(update={"run": spec.run.model_copy(update={"rounds": rounds})}), population)
+        self.encoder = encoder(rounds, min(spec.privacy.separation, rounds))
+        self._turns: dict[int, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+
+    def release(self, changes: Sequence[Flat], number: int) -> Values:
+        """C·x̂ of run `number`."""
+        turns, buffers, sums = self.turns(len(changes)), Buffers(), []
+        private = client_level(self._keyed(number), self.population, self.size)
+        for round_, present in enumerate(turns, 1):
+            there = [change for change, takes_part in zip(changes, present, strict=True) if takes_part]
+            mean, buffers, _ = private.release(there, buffers, round_)
+            sums.append(self._stepped(mean) * self.private.mechanism.expected)
+        return np.asarray((self.encoder @ np.stack(sums)).ravel())
+
+    def scores(self, directions: Values, released: Values) -> Values:
+        """As in `AuditedPath`; what a client leaves in C·x̂ is C·(its turns) in its own direction."""
+        left = self.encoder @ self.turns(len(directions)).astype(np.float64)
+        rounds = released.reshape(len(self.encoder), -1) @ directions.T
+        return np.asarray((rounds * left / np.linalg.norm(left, axis=0)).sum(axis=0))
+
+    def turns(self, clients: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Who takes part in which round, bool (rounds, clients)."""
+        if clients not in self._turns:
+            separation = self.spec.privacy.separation or 1
+            nodes = self.draw(range(1, 4 * separation * (clients + 16)), 1)[:clients]
+            cohorts = [set(self.draw(nodes, round_)) for round_ in range(1, len(self.encoder) + 1)]
+            present = [[node in cohort for node in nodes] for cohort in cohorts]
+            self._turns[clients] = np.array(present, np.bool_).reshape(len(self.encoder), clients)
+        return self._turns[clients]
+
+    def _keyed(self, number: int) -> RunSpec:
+        """The spec with a seed of its own for one run: a simulation's noise follows from it."""
+        seed = derive(self.spec.run.seed, "audit", "run", number) % 2**63
+        spec = self._solved()
+        return spec.model_copy(update={"run": spec.run.model_copy(update={"seed": seed})})
+
+
+def audited_path(spec: RunSpec, population: int) -> AuditedPath:
+    """The path of a spec with client-level privacy. Raises PrivacyError for a cap that no noise can meet."""
+    kind = AuditedRun if spec.privacy.mechanism == "banded" else AuditedPath
+    return kind(spec, population)
 
 
 def _shared(spec: RunSpec) -> SharedAdapter:

@@ -1,4 +1,7 @@
-"""The tests of an audit: each runs the real path (`audited.py`) and sets what it sees against what the event claims.
+"""The tests of an audit: each runs a real path and sets what it sees against what its event claims.
+
+A path is the server's (`audited.py`: a release, or a whole run where noise is correlated over rounds) or a node's
+(`client/audited.py`: a step of private training). All that is asked of one is in `Audited`.
 
 | test        | what it does                                                         | refutes the claim where                |
 |-------------|----------------------------------------------------------------------|----------------------------------------|
@@ -7,6 +10,7 @@
 | one run     | the same guesses, judged without taking trials to be independent     | the lower bound of ε is above the ε    |
 | noise       | rounds without updates: all that is released is noise                | its variance is another one            |
 | sampling    | cohorts drawn as a run draws them                                    | sizes or nodes do not follow the event |
+| turns       | the same, where clients have turns instead of a draw                 | two turns of one are too close         |
 | secrecy     | the round again, and with the noise that the public seed gives       | the noise is correlated with either    |
 
 A canary is a worst case: it sends many times the clip in a direction of its own. A right mechanism fails a test with
@@ -15,19 +19,19 @@ probability `FALSE_ALARM` at most; the sensitivity test has no false alarms.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, isfinite
-from typing import Any
+from itertools import pairwise
+from math import ceil, inf, isfinite
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from ..privacy import audit
 from ..privacy.accounting import spent
 from ..privacy.audit import Values
-from ..privacy.clipping import BIT_NOISE
-from ..privacy.events import Everyone, FixedSize, Poisson, sum_multiplier
+from ..privacy.events import Event, Everyone, FixedSize, GaussianEvent, MatrixEvent, Poisson
 from ..protocols.keys import derive, generator
 from ..protocols.layout import Flat
-from .audited import AuditedPath
+from ..protocols.spec import RunSpec
 
 FALSE_ALARM = 1e-3
 """The probability with which a right mechanism fails one of the tests."""
@@ -49,6 +53,44 @@ DRAWN_NODES, DRAWS, DRAWN = 1000, 2000, 10_000_000
 
 REPEATED = 20
 """Releases that the secrecy test looks at."""
+
+
+class Audited(Protocol):
+    """A mechanism as a run uses it, to be released again and again."""
+
+    @property
+    def spec(self) -> RunSpec: ...
+
+    @property
+    def population(self) -> int:
+        """How many clients, or examples, there are."""
+
+    @property
+    def size(self) -> int:
+        """Coordinates of a change."""
+
+    @property
+    def event(self) -> Event:
+        """What a release charges."""
+
+    @property
+    def noise_std(self) -> float:
+        """The noise that the event says to be in each number of a release."""
+
+    def again(self, **privacy: Any) -> Self:
+        """The same mechanism built anew, with these settings of privacy."""
+
+    def arrived(self, change: Flat, *parts: int | str) -> Flat:
+        """A change as the mechanism gets it; `parts` key what is drawn on the way."""
+
+    def release(self, changes: Sequence[Flat], number: int) -> Values:
+        """What anybody can have of these changes, float64, 1-D; `number` keys simulated noise."""
+
+    def scores(self, directions: Values, released: Values) -> Values:
+        """How much each of `directions` (float64 (K, size), of norm 1) is in a release: float64 (K,)."""
+
+    def draw(self, nodes: Sequence[int], number: int) -> tuple[int, ...]:
+        """The cohort of a round, or the batch of a step."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +116,7 @@ class Trials:
     present: np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def findings(path: AuditedPath, trials: int) -> Iterator[Finding]:
+def findings(path: Audited, trials: int) -> Iterator[Finding]:
     """All tests, one after the other; `trials` are those of μ, and the noise test reads five times as many numbers."""
     yield sensitivity(path)
     outcomes = canary_trials(path, trials)
@@ -85,7 +127,7 @@ def findings(path: AuditedPath, trials: int) -> Iterator[Finding]:
     yield secrecy(path)
 
 
-def sensitivity(path: AuditedPath) -> Finding:
+def sensitivity(path: Audited) -> Finding:
     """The largest distance between the sums of two neighbouring worlds, with the same (simulated) noise in both."""
     path = path.again(noise="simulation")
     names, distances, lengths = [], [], []
@@ -100,7 +142,7 @@ def sensitivity(path: AuditedPath) -> Finding:
     return Finding("sensitivity", "L2 distance", claimed, largest, contradicts, f"most: {names[worst]}")
 
 
-def canary_trials(path: AuditedPath, trials: int) -> Trials:
+def canary_trials(path: Audited, trials: int) -> Trials:
     """At least `trials` canaries in as many releases as it takes, each in a direction that no other one touches.
 
     Under add-remove a canary is there or not, under replace-one it or its opposite. Those of one release share nothing
@@ -114,12 +156,12 @@ def canary_trials(path: AuditedPath, trials: int) -> Trials:
     for number in range(ceil(trials / len(canaries))):
         there = coins.random(len(canaries)) < 0.5
         changes = [c if up else -c for c, up in zip(canaries, there, strict=True) if up or replaced]
-        scores.append(directions @ path.release(changes, number))
+        scores.append(path.scores(directions, path.release(changes, number)))
         present.append(there)
     return Trials(np.concatenate(scores)[:trials], np.concatenate(present)[:trials])
 
 
-def mu(path: AuditedPath, trials: Trials) -> Finding:
+def mu(path: Audited, trials: Trials) -> Finding:
     """The lower bound of μ against sensitivity / noise_std of one release.
 
     It takes the trials of one release to be independent, as they are under the claim; `one_run` does not.
@@ -131,10 +173,12 @@ def mu(path: AuditedPath, trials: Trials) -> Finding:
     return Finding("μ", f"μ ≥, {1 - FALSE_ALARM:.1%} confidence", claimed, bound, bound > claimed, detail)
 
 
-def one_run(path: AuditedPath, trials: Trials) -> Finding:
+def one_run(path: Audited, trials: Trials) -> Finding:
     """The lower bound of ε from guesses of which canaries were there, against the ε of one release without sampling."""
     delta = min(path.spec.privacy.delta, ONE_RUN_DELTA)
-    epsilon = spent([replace(path.event, sampling=Everyone())], delta).epsilon
+    event = path.event
+    alone = replace(event, sampling=Everyone()) if isinstance(event, GaussianEvent) else event
+    epsilon = spent([alone], delta).epsilon
     quantity = f"ε ≥ at δ = {delta:g}, {1 - FALSE_ALARM:.1%} confidence"
     guesses = audit.guesses_needed(epsilon, delta, CANARIES_A_GUESS, FALSE_ALARM)
     if CANARIES_A_GUESS * guesses > len(trials.scores):
@@ -148,20 +192,22 @@ def one_run(path: AuditedPath, trials: Trials) -> Finding:
     return Finding("one run", quantity, epsilon, bound, bound > epsilon, detail)
 
 
-def noise(path: AuditedPath, coordinates: int) -> Finding:
+def noise(path: Audited, coordinates: int) -> Finding:
     """The standard deviation of releases to which nobody, or somebody with nothing, contributes."""
-    claimed, squares, count = _stated_noise(path), 0.0, 0
+    claimed, squares, count, number = path.noise_std, 0.0, 0, 0
     nothing = np.zeros(path.size, np.float32)
-    for number in range(ceil(coordinates / path.size)):
+    while count < coordinates:
         released = path.release([nothing] if number % 2 else [], number)
-        squares, count = squares + float(released @ released), count + path.size
+        squares, count, number = squares + float(released @ released), count + len(released), number + 1
     p_value = audit.variance_p_value(squares, count, claimed)
     detail = f"{count:,} released numbers, p = {p_value:.2g}"
     return Finding("noise", "standard deviation", claimed, (squares / count) ** 0.5, p_value < FALSE_ALARM, detail)
 
 
-def sampling(path: AuditedPath) -> Finding:
+def sampling(path: Audited) -> Finding:
     """The mean part of the nodes that is drawn, judged by the sizes of the cohorts and by how often each one is in."""
+    if isinstance(path.event, MatrixEvent):
+        return turns(path, path.event)
     stated = path.event.sampling
     count = path.population if isinstance(stated, FixedSize) else min(path.population, DRAWN_NODES)
     nodes, draws = list(range(1, count + 1)), max(100, min(DRAWS, DRAWN // count))
@@ -184,7 +230,22 @@ def sampling(path: AuditedPath) -> Finding:
     return Finding("sampling", "mean part drawn", rate, float(sizes.mean()) / count, p_value < FALSE_ALARM, detail)
 
 
-def secrecy(path: AuditedPath) -> Finding:
+def turns(path: Audited, event: MatrixEvent) -> Finding:
+    """The fewest rounds from one turn of a client to its next, in the rounds of the event."""
+    nodes = list(range(1, min(path.population, DRAWN_NODES) + 1))
+    had: dict[int, list[int]] = {node: [] for node in nodes}
+    for round_ in range(1, event.rounds + 1):
+        for node in path.draw(nodes, round_):
+            had[node].append(round_)
+    apart = [later - earlier for own in had.values() for earlier, later in pairwise(own)]
+    most, least = max(map(len, had.values())), float(min(apart, default=inf))
+    contradicts = least < event.separation or most > event.participations
+    detail = f"{len(nodes):,} clients in {event.rounds} rounds: {most} turns at most, {event.participations} stated"
+    measured = least if apart else None
+    return Finding("turns", "rounds between turns", float(event.separation), measured, contradicts, detail)
+
+
+def secrecy(path: Audited) -> Finding:
     """The largest correlation of the noise with what somebody who has the spec, and its seed, can compute of it."""
     guesses = {"made again": path.again(), "from the seed": path.again(noise="simulation")}
     released = [path.release([], number) for number in range(REPEATED)]
@@ -203,7 +264,7 @@ def secrecy(path: AuditedPath) -> Finding:
     )
 
 
-def _canaries(path: AuditedPath) -> list[Flat]:
+def _canaries(path: Audited) -> list[Flat]:
     """Updates of OVER clips in one coordinate each, as they arrive; those that would touch another's are left out."""
     touched, canaries = np.zeros(path.size, np.bool_), []
     for coordinate in range(path.size):
@@ -219,7 +280,7 @@ def _canaries(path: AuditedPath) -> list[Flat]:
     return canaries
 
 
-def _neighbours(path: AuditedPath) -> Iterator[tuple[str, list[Flat], list[Flat]]]:
+def _neighbours(path: Audited) -> Iterator[tuple[str, list[Flat], list[Flat]]]:
     """Pairs of worlds (decoded updates) that differ in one client, with a name: the worst that are known.
 
     A canary that outweighs everybody else turns the whole sum around; one in all coordinates is what a codec's rounding
@@ -244,13 +305,3 @@ def _neighbours(path: AuditedPath) -> Iterator[tuple[str, list[Flat], list[Flat]
         for company, rest in others.items():
             without = [-canary] if path.event.relation == "replace-one" else []
             yield f"{shape}, {company}", [*rest, canary], [*rest, *without]
-
-
-def _stated_noise(path: AuditedPath) -> float:
-    """The noise on the sum that the event charges; an adaptive clip's bits take a part of the charge, so it is more."""
-    event, privacy = path.event, path.spec.privacy
-    if privacy.clipping == "fixed":
-        return event.noise_std
-    changed = 2 if event.relation == "replace-one" else 1
-    bits = max(BIT_NOISE * path.private.mechanism.expected, event.noise_multiplier * changed)
-    return sum_multiplier(event.noise_multiplier, bits / changed) * event.sensitivity

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..privacy.events import Event
 from ..protocols.codecs import CODECS, uplink_of
 from ..protocols.errors import RunError, SpecError
 from ..protocols.layout import AdapterLayout, Flat
-from ..protocols.legality import rank_of, recipe_of
+from ..protocols.legality import rank_for, rank_of, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update, version_of
@@ -27,7 +27,7 @@ from .advance import UNSCORED, Score, advance
 from .grid import Failure, NodeGrid
 from .optimizers import Buffers
 from .participation import draw, wanted
-from .private import CLIP, ClientLevel
+from .private import OWN_BUFFERS, BandedLevel, ClientLevel, client_level
 from .rounds import Contribution, evaluation_of
 from .settling import effective_rank
 from .store import Row, Snapshot, Store
@@ -101,7 +101,7 @@ class Coordinator:
     def farewells(self, nodes: Sequence[int]) -> list[Assignment]:
         """What hands the run's adapter to nodes: the best round's, else the last's."""
         snapshot = self.store.snapshot(self.run, self.best_round())
-        return list(self._assigned(snapshot.round + 1, snapshot.state, nodes).values())
+        return list(self._assigned(snapshot.round + 1, snapshot.state, self._ranks(nodes)[0]).values())
 
     def best_round(self) -> int | None:
         """The round with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""
@@ -176,14 +176,14 @@ class Coordinator:
 
     def _scored(self, round_: int, state: Flat) -> Row:
         """How the nodes that are here find the adapter on their own data."""
-        asked = self._assigned(round_ + 1, state, self.grid.nodes())
+        asked = self._assigned(round_ + 1, state, self._ranks(self.grid.nodes())[0])
         return evaluation_of(self.grid.evaluate(list(asked.values()), self.spec.participation.deadline_seconds))
 
-    def _private(self) -> ClientLevel | None:
+    def _private(self) -> ClientLevel | BandedLevel | None:
         """Client-level privacy, over the number of clients that was public when the run began."""
         if self.spec.privacy.unit != "client":
             return None
-        return ClientLevel(self.spec, self.store.rows(self.run)[0]["population"], self.shared.sent(1).size)
+        return client_level(self.spec, self.store.rows(self.run)[0]["population"], self.shared.sent(1).size)
 
     def _spent(self) -> bool:
         """Whether one more round would pass the cap."""
@@ -206,32 +206,62 @@ class Coordinator:
         down, up = self.down.size(self.shared.delivered(round_)), self.up.size(self.shared.sent(round_))
         return {"bytes_down": round(nodes * down), "bytes_up": round(nodes * up)}
 
-    def _open(self, round_: int) -> tuple[int, ...]:
+    def _open(self, round_: int) -> dict[int, int]:
+        """The round's cohort: each node, and the rank that it trains at, or has trained at."""
         nodes = self.grid.nodes()
         if not nodes:
             raise RunError("no node can train: none has connected, or none has an example")
+        ranks = {update.node: self._rank(update) for update in self.store.contributions(self.run, round_)}
+        here, without = self._ranks([node for node in nodes if node not in ranks])
+        self._leave_out(round_, without)
+        ranks |= here
+        if not ranks:
+            raise RunError(f"no node can train: {next(iter(without.values()))}")
         if self.private is None:
-            drawn = draw(nodes, self.spec.participation, self.spec.run.seed, round_)
+            drawn = draw(sorted(ranks), self.spec.participation, self.spec.run.seed, round_)
         else:
-            drawn = self.private.draw(nodes, round_)
-        return self.store.open_round(self.run, round_, drawn)
+            drawn = self.private.draw(sorted(ranks), round_)
+        cohort = self.store.open_round(self.run, round_, drawn)
+        known = {*ranks, *without}
+        late, without = self._ranks([node for node in cohort if node not in known])
+        self._leave_out(round_, without)
+        ranks |= late
+        return {node: ranks[node] for node in cohort if node in ranks}
 
-    def _assigned(self, round_: int, state: Flat, nodes: Sequence[int]) -> dict[int, Assignment]:
+    def _ranks(self, nodes: Sequence[int]) -> tuple[dict[int, int], dict[int, str]]:
+        """The rank of each node in this run, by what it says that it can afford, and why others have none."""
+        ranks, without = {}, {}
+        for node in nodes:
+            try:
+                ranks[node] = rank_for(self.spec, self.grid.rank(node))
+            except SpecError as error:
+                without[node] = str(error)
+        return ranks, without
+
+    def _leave_out(self, round_: int, nodes: Mapping[int, str]) -> None:
+        """Record why nodes take no part in a round, once."""
+        recorded = self.store.refusals(self.run, round_) if nodes else []
+        for node, reason in nodes.items():
+            if (node, reason) not in recorded:
+                logger.warning("round %d: node %d is left out: %s", round_, node, reason)
+                self.store.refuse(self.run, round_, node, reason)
+
+    def _rank(self, update: Update) -> int:
+        """The rank that an update was trained at."""
+        return rank_of(self.spec, update.node) if update.rank is None else update.rank
+
+    def _assigned(self, round_: int, state: Flat, ranks: Mapping[int, int]) -> dict[int, Assignment]:
         """A round's assignments by node: nodes of a smaller rank get the leading components alone."""
         packed: dict[int, tuple[bytes, str]] = {}
         assignments = {}
-        for node in nodes:
-            rank = rank_of(self.spec, node)
+        for node, rank in ranks.items():
             if rank not in packed:
                 own = self.shared.delivered(round_, rank)
                 payload = self.down.encode(self.shared.received(round_).cut(state, own), own, key=round_)
                 packed[rank] = payload, version_of(own, self.down.decode(payload, own))
             payload, version = packed[rank]
-            assignments[node] = Assignment(self.run, round_, 1, node, version, payload)
+            assignments[node] = Assignment(self.run, round_, 1, node, version, payload, rank)
         return assignments
-
-    def _sent(self, round_: int, node: int) -> AdapterLayout:
-        return self.shared.sent(round_, rank_of(self.spec, node))
 
     def _as_received(self, round_: int, state: Flat) -> Flat:
         """The state as it arrives: with a lossy downlink, nodes start from what they received."""
@@ -253,8 +283,10 @@ class Coordinator:
                 logger.warning("round %d: node %d failed: %s", round_, reply.node, reply.reason)
                 failures.append(reply)
                 continue
-            reason = refusal(reply, assignments.get(reply.node), self.up, self._sent(round_, reply.node))
-            if reason is None and not self.store.contribute(self.run, reply):
+            asked = assignments.get(reply.node)
+            rank = asked.rank if asked is not None else 0
+            reason = refusal(reply, asked, self.up, self.shared.sent(round_, rank))
+            if reason is None and not self.store.contribute(self.run, replace(reply, rank=rank)):
                 reason = "duplicate"
             if reason is not None:
                 logger.warning("round %d: refused an update of node %d: %s", round_, reply.node, reason)
@@ -271,17 +303,17 @@ class Coordinator:
     ) -> tuple[Snapshot, float, Sequence[Event]]:
         """The state after the round, the aggregation error, and what the round is charged with."""
         received = self._as_received(round_, before.state)
-        buffers = {name: values for name, values in before.buffers.items() if name != CLIP}
-        clip: Buffers = {}
-        events: list[Event] = []
+        buffers = {name: values for name, values in before.buffers.items() if name not in OWN_BUFFERS}
+        kept: Buffers = {}
+        events: Sequence[Event] = []
         contributions = self._contributions(updates, self.shared.sent(round_))
         if self.private is not None:
-            mean, clip, event = self.private.release([c.change for c in contributions], before.buffers, round_)
-            contributions, events = [Contribution(1.0, mean)], [event]
+            mean, kept, events = self.private.release([c.change for c in contributions], before.buffers, round_)
+            contributions = [Contribution(1.0, mean)]
         state, buffers, error = advance(
             self.shared, before.state, received, buffers, contributions, number=round_, score=self._score()
         )
-        return Snapshot(round_, state, buffers | clip), error, events
+        return Snapshot(round_, state, buffers | kept), error, events
 
     def _score(self) -> Score | None:
         """How good an adapter is on the data of `evaluate`: what makes a round the best makes an adapter the best."""
@@ -296,10 +328,10 @@ class Coordinator:
         weights /= weights.sum()
         contributions = []
         for weight, update in zip(weights, updates, strict=True):
-            own = self._sent(update.round, update.node)
+            rank = self._rank(update)
+            own = self.shared.sent(update.round, rank)
             change, information = self.up.decode(update.payload, own)
             known = None if information is None else trained.pad(information, own)
-            rank = rank_of(self.spec, update.node)
             contributions.append(Contribution(float(weight), trained.pad(change, own), rank, known))
         return contributions
 

@@ -1,5 +1,6 @@
 """The narrow protocol by which the coordinator reaches nodes, and the adapter that gives it to any Flower grid."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from ..protocols.errors import PayloadError, RunError
 from ..protocols.records import (
     DESCRIBE,
     EVALUATE,
+    RANK,
     TRAIN,
     assignment_to_records,
     description_from_records,
     evaluation_from_records,
     message,
+    rank_from_records,
     update_from_records,
 )
 from ..protocols.update import Assignment, Description, Update
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 
@@ -49,6 +54,9 @@ class NodeGrid(Protocol):
     def nodes(self) -> Sequence[int]:
         """The nodes that can train now, ascending."""
 
+    def rank(self, node: int) -> int:
+        """The largest rank that a node says it can afford; 0: any, or it has said nothing."""
+
     def describe(self) -> Description:
         """The model as the nodes have it. Raises RunError where no node answers."""
 
@@ -68,12 +76,22 @@ class FlowerGrid:
     def __init__(self, grid: Grid, wait_seconds: float = 60.0) -> None:
         self.grid, self.wait_seconds = grid, wait_seconds
         self._pending: list[str] = []
+        self._ranks: dict[int, int] = {}
 
     def nodes(self) -> list[int]:
         deadline = time.monotonic() + self.wait_seconds
         while not (found := sorted(self.grid.get_node_ids())) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return found
+
+    def rank(self, node: int) -> int:
+        """Asked once of all nodes together. One that does not answer may be any: its client refuses what it cannot afford."""
+        if node not in self._ranks:
+            nodes = [number for number in {*self.grid.get_node_ids(), node} if number not in self._ranks]
+            questions = [self._message(RecordDict(), number, RANK) for number in nodes]
+            replies = self.grid.send_and_receive(questions, timeout=self.wait_seconds)
+            self._ranks |= dict.fromkeys(nodes, 0) | {r.metadata.src_node_id: read_rank(r) for r in replies}
+        return self._ranks[node]
 
     def describe(self) -> Description:
         nodes = self.nodes()
@@ -111,6 +129,17 @@ class FlowerGrid:
         return message(
             content, Metadata(run, "", SUPERLINK_NODE_ID, node, "", group, created, DEFAULT_TTL, message_type)
         )
+
+
+def read_rank(reply: Message) -> int:
+    """The largest rank that a node can afford, as its reply has it; 0 (any) where it states none."""
+    if reply.has_error():  # a client that was written before nodes could state it
+        return 0
+    try:
+        return rank_from_records(reply.content)
+    except PayloadError as error:
+        logger.warning("node %d states no rank: %s", reply.metadata.src_node_id, error)
+        return 0
 
 
 def read_reply(reply: Message) -> Update | Failure:

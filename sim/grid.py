@@ -1,27 +1,41 @@
 """The grid of a simulation: all nodes live in this process, and a whole round is one call of `client.train`."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from ..client.client import Client
+from ..client.exchanger import Exchanger
+from ..client.slopes import exchanger_of
 from ..protocols.errors import PayloadError
+from ..protocols.exchange import Answer, Exchange
+from ..protocols.legality import rank_of
 from ..protocols.records import (
     DESCRIBE,
+    RANK,
     TRAIN,
     assignment_from_records,
     description_to_records,
     message,
+    rank_to_records,
     update_to_records,
 )
 from ..protocols.update import Assignment, Description, Update
+from ..server.grid import Evaluated
 
 SERVER_NODE = 0
-PORTION = 32
-"""Assignments trained between two reports of progress; a multiple of what fits one chunk."""
+PORTION = 16
+"""Assignments trained in one call, at most: enough for one full cohort of small clients, few enough to share out."""
+
+
+def portions(assignments: Sequence[Assignment]) -> list[Sequence[Assignment]]:
+    """A round in parts of like size, in order, which depend on nothing but their number: not on who trains them."""
+    count = -(-len(assignments) // PORTION)
+    bounds = [len(assignments) * part // max(1, count) for part in range(count + 1)]
+    return [assignments[first:last] for first, last in pairwise(bounds)]
 
 
 class LocalGrid(Grid):
@@ -36,9 +50,14 @@ class LocalGrid(Grid):
         self._numbers = count(1)
         self._sent: list[Assignment] = []
         self._mailbox: dict[str, Message] = {}
+        self._exchanger: Exchanger | None = None
 
     def nodes(self) -> list[int]:
         return self.client.nodes()
+
+    def rank(self, node: int) -> int:
+        """One of `adapter.ranks` by key: what a virtual node can afford."""
+        return rank_of(self.client.spec, node)
 
     def describe(self) -> Description:
         return self.client.describe()
@@ -49,8 +68,20 @@ class LocalGrid(Grid):
     def replies(self, timeout: float) -> Iterator[Update]:
         """Trains a portion of the round at a time. Virtual clients share this process, so there is no deadline."""
         sent, self._sent = self._sent, []
-        for first in range(0, len(sent), PORTION):
-            yield from self.client.train(sent[first : first + PORTION])
+        for portion in portions(sent):
+            yield from self.client.train(portion)
+
+    def exchange(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer]:
+        """Answers to an exchange of codes (`server.exchanges.ExchangeGrid`): all nodes are one cohort."""
+        if self._exchanger is None:
+            self._exchanger = exchanger_of(self.client)
+        yield from self._exchanger.answer(requests)
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated]:
+        for asked in assignments:
+            self.client.load(asked)
+            scores = self.client.evaluate(asked.node)
+            yield Evaluated(asked.node, float(len(scores.loss)), scores.metrics(self.client.adapted.task))
 
     def set_run(self, run: Run) -> None:
         self._run_id = run.run_id
@@ -79,6 +110,8 @@ class LocalGrid(Grid):
         for number, asked in wanted.items():
             if asked.metadata.message_type == DESCRIBE:
                 replies.append(self._reply(number, asked, description_to_records(self.describe())))
+            elif asked.metadata.message_type == RANK:
+                replies.append(self._reply(number, asked, rank_to_records(self.rank(asked.metadata.dst_node_id))))
             elif number not in training:
                 replies.append(self._reply(number, asked, Error(0, f"no {asked.metadata.message_type} here")))
         return replies

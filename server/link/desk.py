@@ -33,10 +33,14 @@ class Asked:
 
 
 class Desk:
-    """One node's open questions. All methods run in the link's thread."""
+    """One node's open questions. All methods run in the link's thread.
+
+    `rank` is the largest that the node said it can afford (0: any), with its last Hello; None: it was not here yet.
+    """
 
     def __init__(self, node: int, limits: Limits) -> None:
         self.node, self.limits = node, limits
+        self.rank: int | None = None
         self._outbox: Outbox | None = None
         self._left = time.monotonic()
         self._questions: dict[bytes, Asked] = {}
@@ -54,10 +58,10 @@ class Desk:
         """Seconds since the node's last stream ended; 0 while it has one."""
         return 0.0 if self.present else time.monotonic() - self._left
 
-    def enter(self, outbox: Outbox) -> None:
+    def enter(self, outbox: Outbox, rank: int = 0) -> None:
         """The node has opened a stream: what is open is asked again."""
         self._cut_off()
-        self._outbox = outbox
+        self._outbox, self.rank = outbox, rank
         for asked in self._questions.values():
             self._put(pb.Down(question=asked.question))
 

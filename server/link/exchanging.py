@@ -9,8 +9,9 @@ from functools import partial
 from ...protocols import link
 from ...protocols import link_pb2 as pb
 from ...protocols.blobs import digest
-from ...protocols.errors import PayloadError
+from ...protocols.errors import PayloadError, SpecError
 from ...protocols.exchange import Answer, Exchange, Terms, terms_of
+from ...protocols.legality import rank_for
 from ...protocols.spec import RunSpec
 from ...protocols.update import Assignment
 from ..grid import Failure
@@ -36,9 +37,13 @@ class Exchanges:
     def run(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer | Failure]:
         """Answers as they come. Those of an earlier exchange, which are late, are dropped."""
         self._close()
-        waiting = {request.node: request.number for request in requests}
+        small = {request.node: reason for request in requests if (reason := self._too_small(request.node))}
+        waiting = {request.node: request.number for request in requests if request.node not in small}
         frames = []
         for request in requests:
+            if request.node in small:
+                yield Answer(request.node, request.number, "refused", reason=small[request.node])
+                continue
             body = request.to_bytes()
             if request.node in self._told and len(body) <= link.MOST_BODY:
                 frames.append((request.node, body))
@@ -59,6 +64,14 @@ class Exchanges:
             if waiting.pop(node, None) is not None:
                 yield answer
         self._close()
+
+    def _too_small(self, node: int) -> str:
+        """Why a node cannot hold the run's adapter; empty where it can."""
+        try:
+            rank_for(self.spec, self.hub.rank(node) or 0)
+        except SpecError as error:
+            return str(error)
+        return ""
 
     def _read(self, node: int, body: bytes | Failure) -> Answer | Failure:
         if isinstance(body, Failure):

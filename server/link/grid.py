@@ -37,6 +37,7 @@ class LinkGrid(MessageGrid):
         # Where a site's data lies is its own affair, and where the server's lies is none of the site's.
         self._spec = spec.model_copy(update={"data": None}).to_json().encode()
         self._run = spec.run.name
+        self._began = time.monotonic()
         self._mailbox: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         self._asked: dict[tuple[int, bytes], Assignment] = {}
         self._adopting: set[int] = set()
@@ -48,6 +49,13 @@ class LinkGrid(MessageGrid):
             if self.stopping.wait(POLL_SECONDS):
                 raise StoppedError
         return found
+
+    def rank(self, node: int) -> int:
+        """What the node said last. Those of an open round that are not back after a restart are waited for, once."""
+        while (stated := self.hub.rank(node)) is None and time.monotonic() < self._began + self.hub.limits.absence:
+            if self.stopping.wait(POLL_SECONDS):
+                raise StoppedError
+        return stated or 0
 
     def describe(self) -> Description:
         """The model as the first node sees it that can say so.

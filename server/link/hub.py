@@ -86,6 +86,11 @@ class Hub:
         """Seconds since a node was last here; 0 while it is."""
         return float(self._call(lambda: self._desk(node).absence))
 
+    def rank(self, node: int) -> int | None:
+        """The largest rank that a node said it can afford (0: any); None where it was not here since the start."""
+        desk = self._desks.get(node)
+        return None if desk is None else desk.rank
+
     def ask(self, questions: Sequence[Asked]) -> None:
         """Ask now, or as soon as the node is here."""
 

@@ -11,10 +11,12 @@ from flwr.supercore.run import Run
 from ...protocols.errors import PayloadError
 from ...protocols.records import (
     DESCRIBE,
+    RANK,
     TRAIN,
     assignment_from_records,
     description_to_records,
     message,
+    rank_to_records,
     update_to_records,
 )
 from ...protocols.update import Assignment, Description, Update
@@ -33,6 +35,9 @@ class MessageGrid(Grid):
 
     @abstractmethod
     def nodes(self) -> list[int]: ...
+
+    @abstractmethod
+    def rank(self, node: int) -> int: ...
 
     @abstractmethod
     def describe(self) -> Description: ...
@@ -79,6 +84,8 @@ class MessageGrid(Grid):
         for number, asked in wanted.items():
             if asked.metadata.message_type == DESCRIBE:
                 replies.append(self._reply(number, asked, description_to_records(self.describe())))
+            elif asked.metadata.message_type == RANK:
+                replies.append(self._reply(number, asked, rank_to_records(self.rank(asked.metadata.dst_node_id))))
             elif number not in training:
                 replies.append(self._reply(number, asked, Error(0, f"no {asked.metadata.message_type} here")))
         return replies

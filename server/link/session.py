@@ -37,7 +37,8 @@ class Session:
 
     async def run(self) -> None:
         """Serve the stream. Raises PayloadError where the node's first frame is no Hello that can be agreed with."""
-        protocol = await self._greeted()
+        hello = await self._greeted()
+        protocol = link.common_protocol(hello)
         if self._last is not None:  # closed before it began
             await asyncio.wait_for(self._write(self._last), self.limits.hello)
             return
@@ -47,7 +48,7 @@ class Session:
                 welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat)
             ).SerializeToString()
         )
-        self.desk.enter(self.outbox)
+        self.desk.enter(self.outbox, hello.rank)
         jobs = (self._reading(), self._writing(), self._closed.wait())
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
         try:
@@ -68,7 +69,7 @@ class Session:
         await asyncio.gather(tasks[1], return_exceptions=True)
         await asyncio.wait_for(self._write(last), self.limits.hello)
 
-    async def _greeted(self) -> int:
+    async def _greeted(self) -> pb.Hello:
         try:
             raw = await asyncio.wait_for(self._read(), self.limits.hello)
         except TimeoutError:
@@ -76,7 +77,7 @@ class Session:
         frame = None if raw is None else link.read_up(raw)
         if frame is None or frame.WhichOneof("frame") != "hello":
             raise PayloadError("the first frame is no Hello")
-        return link.common_protocol(frame.hello)
+        return frame.hello
 
     async def _reading(self) -> None:
         while True:

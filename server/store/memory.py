@@ -77,7 +77,11 @@ class MemoryStore:
         self._states[run] = replace(self._states[run], rounds=len(self._rows[run]) - 1, updated=now())
         self._updates.pop((run, snapshot.round), None)
         for name, round_ in list(self._snapshots):
-            if name == run and round_ != snapshot.round and round_ not in kept:
+            if name != run or round_ == snapshot.round:
+                continue
+            if round_ in kept:
+                self._snapshots[name, round_] = self._snapshots[name, round_].bare()
+            else:
                 del self._snapshots[name, round_]
 
     def rows(self, run: str) -> list[Row]:

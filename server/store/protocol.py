@@ -35,6 +35,10 @@ class Snapshot:
         blob: bytes = save_tensors({"state": self.state, **{f"buffer.{n}": b for n, b in self.buffers.items()}})
         return blob
 
+    def bare(self) -> "Snapshot":
+        """The state alone: buffers are what the next round needs, and of a private run they tell what noise hides."""
+        return Snapshot(self.round, self.state)
+
     @classmethod
     def from_bytes(cls, round_: int, blob: bytes) -> "Snapshot":
         tensors = load_tensors(blob)
@@ -98,8 +102,8 @@ class Store(Protocol):
     ) -> None:
         """Release a round and charge it with `events`, both or neither.
 
-        Snapshots of rounds other than this one and `kept` are dropped, as are the round's contributions. Raises
-        RunError where the round has been released: a release never changes.
+        Snapshots of rounds other than this one and `kept` are dropped, the buffers of those kept, and the round's
+        contributions. Raises RunError where the round has been released: a release never changes.
         """
 
     def rows(self, run: str) -> list[Row]:

@@ -164,6 +164,8 @@ class SqlStore:
             session.add(Release(run=run, round=number, hash=released, time=time))
             session.execute(update(Run).where(Run.name == run).values(updated=time))
             session.execute(update(Round).where(Round.run == run, dropped).values(snapshot_hash=None))
+            if number - 1 in kept:  # those before it were bared when they were the last
+                _bare(session, run, number - 1)
             session.execute(delete(Contribution).where(Contribution.run == run, Contribution.round == number))
             _drop_unused(session)
 
@@ -193,6 +195,13 @@ def _keep(session: Session, content: bytes) -> str:
     return digest
 
 
+def _bare(session: Session, run: str, number: int) -> None:
+    """Leave the state of a snapshot, and none of its buffers."""
+    round_ = session.get_one(Round, (run, number))
+    content = session.scalars(select(Blob.content).where(Blob.hash == round_.snapshot_hash)).one()
+    round_.snapshot_hash = _keep(session, Snapshot.from_bytes(number, content).bare().to_bytes())
+
+
 def _drop_unused(session: Session) -> None:
     """Drop the blobs that nothing refers to, under the same lock."""
     started = select(Run.name).where(Run.start_hash == Blob.hash).exists()
@@ -203,7 +212,7 @@ def _drop_unused(session: Session) -> None:
 def _fields(update: Update) -> str:
     """All of an update but its payload, as JSON."""
     fields: Mapping[str, Any] = {
-        name: getattr(update, name) for name in ("run", "round", "attempt", "node", "version", "kind", "weight")
+        name: getattr(update, name) for name in ("run", "round", "attempt", "node", "version", "kind", "weight", "rank")
     }
     return json.dumps({**fields, "metrics": dict(update.metrics)})
 

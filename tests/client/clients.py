@@ -99,9 +99,10 @@ def state_of(client: Client, seed: int | None = None) -> Flat:
 def assignments_of(client: Client, nodes: Sequence[int], state: Flat, round_: int = 1) -> list[Assignment]:
     """What a node of its own rank gets of the state."""
     whole, codec = client.shared.received(round_), CODECS[client.spec.wire.downlink]
-    own = {node: client.shared.delivered(round_, rank_of(client.spec, node)) for node in nodes}
+    ranks = {node: rank_of(client.spec, node) for node in nodes}
+    own = {node: client.shared.delivered(round_, rank) for node, rank in ranks.items()}
     payloads = {node: codec.encode(whole.cut(state, layout), layout, 0) for node, layout in own.items()}
-    return [Assignment("run", round_, 2, node, f"version {round_}", payloads[node]) for node in nodes]
+    return [Assignment("run", round_, 2, node, f"version {round_}", payloads[node], ranks[node]) for node in nodes]
 
 
 def sent(message_type: str, node: int, content: RecordDict) -> Message:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedapt.protocols.codecs import CODECS, codec_of
 from fedapt.protocols.errors import DataError, PayloadError, SpecError
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.records import (
     DESCRIBE,
     EVALUATE,

@@ -16,7 +16,7 @@ from fedapt.client.eva import Directions, directions_reference, input_directions
 from fedapt.client.models import CLASSES, load_model
 from fedapt.protocols.errors import DataError, ModelError
 from fedapt.protocols.layout import A_SUFFIX
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec
 
 from .test_adapters import FOLDERS, TASKS, folders, logits_of, spec_for  # noqa: F401

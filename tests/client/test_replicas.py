@@ -66,7 +66,7 @@ def plain(client: Client, node: int, rounds: int) -> Flat:
     for round_ in range(1, rounds + 1):
         batches = [client.sites.indices[node][b] for b in plan(client, node, round_)]
         member = Member(batches, derive(0, "x"), own, moments)
-        trainer = client._trainer(member, client.spec.local, round_)
+        trainer = client._trainer(client.spec.local, round_)
         (trained,) = trainer.train(client.sites.examples, [member])
         own = own + trained.change
         assert trained.moments is not None

@@ -98,17 +98,13 @@ def test_a_bug_is_told_and_exits_with_1(
             ('unit = "client"\nepsilon = 8.0\nnoise_multiplier = 2.0\npopulation = 100', 'unit = "none"'),
             "nothing is claimed",
         ),
-        (('unit = "client"', 'unit = "example"'), "not for this one yet"),
         (("population = 100", ""), "privacy.population: missing"),
     ],
 )
 def test_what_cannot_be_audited(
     capsys: pytest.CaptureFixture[str], spec: Path, change: tuple[str, str], message: str
 ) -> None:
-    text = SPEC.replace(*change)
-    if "example" in text:
-        text = text.replace("population = 100", "").replace("minimum = 0", "")
-    spec.write_text(text)
+    spec.write_text(SPEC.replace(*change))
     code, _, errors = in_process(capsys, "audit", spec)
     assert code == 2
     assert message in errors
@@ -128,3 +124,41 @@ def test_the_population_of_a_simulation(capsys: pytest.CaptureFixture[str], spec
     assert "60 clients" in out
     spec.write_text(spec.read_text() + 'kind = "natural"\ncolumn = "who"\n')
     assert in_process(capsys, "audit", spec)[0] == 2
+
+
+EXAMPLE = """
+[model]
+base = "nowhere"
+task = "causal-lm"
+[recipe]
+name = "ffa"
+weighting = "uniform"
+[privacy]
+unit = "example"
+epsilon = 8.0
+noise_multiplier = 2.0
+"""
+
+
+def test_private_training_at_a_node(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    spec.write_text(EXAMPLE)
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 2000)
+    assert code == 0
+    assert "Example-level privacy of ffa, noise multiplier 2" in out
+    assert "Nothing contradicts the claim" in out
+
+
+def test_noise_that_is_correlated_over_rounds(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    text = SPEC.replace('"fedsvd"', '"ffa"').replace('sampling = "poisson"\nrate = 0.1\nminimum = 0', "")
+    spec.write_text(text.replace("epsilon = 8.0", 'epsilon = 8.0\nmechanism = "banded"\nseparation = 2'))
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000, "--set", "run.rounds=4")
+    assert code == 0
+    assert "turns: 100 clients in 4 rounds: 2 turns at most, 2 stated" in out
+
+
+def test_membership_in_adapters_that_promise_nothing(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    overrides = ("--set", "data.limit=4", "--set", "recipe.name=ffa")
+    code, out, _ = in_process(capsys, "audit", tiny, "--membership", 4, *overrides)
+    assert code == 0
+    assert "told from the adapters of 4 runs (LiRA)" in out
+    assert "No privacy is claimed" in out

@@ -14,7 +14,7 @@ from fedapt.client.evaluation import score
 from fedapt.client.models import base_folder
 from fedapt.planning import plan
 from fedapt.protocols.errors import OutputError, SpecError
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec
 from fedapt.simulation import run
 

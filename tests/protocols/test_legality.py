@@ -4,7 +4,8 @@ import pytest
 
 from fedapt.protocols.errors import SpecError
 from fedapt.protocols.legality import ON_ENTRIES, illegal, initial_a, rank_of, recipe_of
-from fedapt.protocols.recipes import RECIPES, Recipe
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
+from fedapt.protocols.recipes import Recipe
 from fedapt.protocols.spec import RunSpec
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())

@@ -3,11 +3,12 @@ import pytest
 from fedapt.protocols.errors import SpecError
 from fedapt.protocols.layout import AdapterLayout, TensorSpec
 from fedapt.protocols.legality import initial_a, recipe_of
-from fedapt.protocols.recipes import BUDGET, RECIPES, Recipe, recipe_named
+from fedapt.protocols.recipes import BUDGET, FIRST_ORDER, RECIPES, Recipe, recipe_named
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.protocols.spec import RunSpec
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+first_order = pytest.mark.parametrize("recipe", FIRST_ORDER.values(), ids=FIRST_ORDER.keys())
 A, B, HEAD = "q.lora_A.weight", "q.lora_B.weight", "score.bias"
 FROZEN_A, FROZEN_B = "q.frozen_A.weight", "q.frozen_B.weight"
 
@@ -23,7 +24,7 @@ def names(layout: AdapterLayout) -> set[str]:
     return {t.name for t in layout.tensors}
 
 
-@recipes
+@first_order
 def test_the_table_agrees_with_itself(recipe: Recipe) -> None:
     """A mean of tensors loses nothing where one factor is common to all nodes, or where the residual goes somewhere."""
     assert RECIPES[recipe.name] is recipe
@@ -52,6 +53,18 @@ def test_the_table_agrees_with_itself(recipe: Recipe) -> None:
 def test_a_bare_spec_is_legal(recipe: Recipe) -> None:
     assert recipe_of(spec_of(recipe.name)) is recipe
     assert initial_a(spec_of(recipe.name)) == recipe.initial_a[0]
+
+
+@recipes
+def test_what_sends_codes_moves_one_lattice(recipe: Recipe) -> None:
+    """It is exact and linear, needs no factors of its own, and hides somebody only where all probe the same."""
+    assert recipe.zeroth == (recipe.name in ("onebyte", "kseed", "dpzo"))
+    assert recipe.zeroth == (recipe.name not in FIRST_ORDER)
+    if recipe.zeroth:
+        assert recipe.exact
+        assert recipe.linear
+        assert not any((recipe.mixes_ranks, recipe.has_frozen, recipe.refactorizes, recipe.streams))
+        assert (recipe.units == ("none",)) == (recipe.directions != "shared")
 
 
 def test_an_unknown_recipe_names_the_nearest_one() -> None:

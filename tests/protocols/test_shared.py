@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.layout import A_SUFFIX, B_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, TensorSpec
-from fedapt.protocols.recipes import RECIPES, Recipe
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
+from fedapt.protocols.recipes import Recipe
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import Recipe as Settings
 

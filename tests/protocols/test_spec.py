@@ -77,6 +77,10 @@ density = 0.05
 coefficients = 100
 values = "bf16"
 
+[zeroth]
+directions = 8
+radius = 1e-2
+code = "log8"
 [data]
 source = "train.jsonl"
 evaluation = "test.jsonl"

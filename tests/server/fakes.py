@@ -67,10 +67,15 @@ class FakeGrid:
     sent: list[Assignment] = field(default_factory=list)
     received: list[Flat] = field(default_factory=list)
     known: dict[int, Flat] = field(default_factory=dict)
+    stated: Mapping[int, int] = field(default_factory=dict)
     _waiting: list[Assignment] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
         return self.there
+
+    def rank(self, node: int) -> int:
+        """What it has stated, or else as in a simulation."""
+        return self.stated.get(node, rank_of(self.spec, node))
 
     def describe(self) -> Description:
         return Description(layout_of(self.spec), start(layout_of(self.spec)), {"r": 2}, "digest")
@@ -90,7 +95,7 @@ class FakeGrid:
             yield Evaluated(asked.node, asked.node % 3, {"loss": float(asked.node)})
 
     def train(self, assignment: Assignment) -> Update:
-        shared, round_, rank = shared_of(self.spec), assignment.round, rank_of(self.spec, assignment.node)
+        shared, round_, rank = shared_of(self.spec), assignment.round, assignment.rank
         downlink, trained = shared.delivered(round_, rank), shared.sent(round_, rank)
         state = CODECS[self.spec.wire.downlink].decode(assignment.payload, downlink)
         assert assignment.version == version_of(downlink, state), "the version is of what arrives"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedapt.protocols.layout import AdapterLayout, Flat
-from fedapt.protocols.recipes import RECIPES, Recipe
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
+from fedapt.protocols.recipes import Recipe
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.server.advance import RESIDUAL, advance

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedapt.kernels.lowrank import LowRank
 from fedapt.protocols.layout import Flat
-from fedapt.protocols.recipes import RECIPES, Recipe
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
+from fedapt.protocols.recipes import Recipe
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.server.aggregation import RIDGE, Aggregate, aggregate, residual_layout
 from fedapt.server.rounds import Contribution

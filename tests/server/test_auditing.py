@@ -10,7 +10,7 @@ import pytest
 from fedapt.privacy import mechanism
 from fedapt.privacy.audit import Values
 from fedapt.privacy.clipping import clip
-from fedapt.privacy.events import GaussianEvent
+from fedapt.privacy.events import Event
 from fedapt.privacy.mechanism import Mechanism
 from fedapt.privacy.noise import total
 from fedapt.privacy.randomness import Integers, Randomness, SimulationRandomness
@@ -18,7 +18,7 @@ from fedapt.privacy.sampling import fixed_size
 from fedapt.protocols.codecs import Codec, codec_of
 from fedapt.protocols.keys import derive
 from fedapt.protocols.layout import AdapterLayout, Flat
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec, Wire
 from fedapt.server import audited
 from fedapt.server.audited import AuditedPath
@@ -229,9 +229,9 @@ def test_a_skipped_empty_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def release(
         self: ClientLevel, changes: Sequence[Flat], buffers: Buffers, round_: int
-    ) -> tuple[Flat, Buffers, GaussianEvent]:
-        mean, buffers, event = honest(self, changes, buffers, round_)
-        return (mean if changes else np.zeros_like(mean)), buffers, event
+    ) -> tuple[Flat, Buffers, Sequence[Event]]:
+        mean, buffers, events = honest(self, changes, buffers, round_)
+        return (mean if changes else np.zeros_like(mean)), buffers, events
 
     monkeypatch.setattr(ClientLevel, "release", release)
     path = path_of()

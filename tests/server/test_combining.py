@@ -14,7 +14,7 @@ from fedapt.protocols.codecs import CODECS
 from fedapt.protocols.errors import SpecError
 from fedapt.protocols.layout import AdapterLayout, Flat, TensorSpec
 from fedapt.protocols.legality import ON_ENTRIES, illegal
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.protocols.spec import RunSpec

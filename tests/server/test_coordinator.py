@@ -13,7 +13,7 @@ from fedapt.protocols.codecs import CODECS, codec_of
 from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.legality import rank_of
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.update import Update
 from fedapt.server.coordinator import Coordinator, Progress
 from fedapt.server.grid import Failure

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from fedapt.protocols.layout import ROTATION_SUFFIX, AdapterLayout, Flat
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.shared import SharedAdapter
 from fedapt.protocols.spec import Recipe as Settings
 from fedapt.server.settling import effective_rank, settle

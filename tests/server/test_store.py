@@ -285,3 +285,15 @@ class Reopened:
                 store.close()
 
         return call
+
+
+def test_a_kept_snapshot_has_no_buffers(store: Store) -> None:
+    """They would tell of a private run's noise long after it has ended."""
+    begin(store)
+    for round_ in (1, 2, 3):
+        store.open_round("run", round_, [3])
+        state = np.full(4, round_, np.float32)
+        store.commit("run", Snapshot(round_, state, {"noise": state}), {"round": round_}, kept=[1])
+    assert store.snapshot("run", 1).buffers == {}
+    np.testing.assert_array_equal(store.snapshot("run", 1).state, np.full(4, 1, np.float32))
+    assert set(store.snapshot("run").buffers) == {"noise"}

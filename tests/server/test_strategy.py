@@ -64,6 +64,9 @@ class SameNodes:
     def nodes(self) -> Sequence[int]:
         return NODES
 
+    def rank(self, node: int) -> int:
+        return 0
+
     def describe(self) -> Description:
         return Description(LAYOUT, self.shared.start, {}, "")
 

@@ -172,9 +172,10 @@ def test_a_large_round_comes_in_portions(grid: LocalGrid, federation: Federation
     grid.send(asked)
     replies = grid.replies(1.0)
     next(replies)
-    assert sizes == [PORTION], "answers come before the whole round is trained"
+    assert len(sizes) == 1, "answers come before the whole round is trained"
     assert 1 + len(list(replies)) == len(asked)
-    assert sizes == [PORTION, PORTION, 5]
+    assert (sum(sizes), len(sizes)) == (len(asked), 3)
+    assert max(sizes) <= min(sizes) + 1 <= PORTION, "parts of like size, so that workers end together"
 
 
 def context(spec: RunSpec, **config: str) -> Context:

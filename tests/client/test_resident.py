@@ -1,0 +1,224 @@
+"""The resident worker alone: what it answers, what it never tells, and how its process rests and locks."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from fedapt.client.duties import Duties
+from fedapt.client.kept import Kept
+from fedapt.client.resident import Resident, read_spec
+from fedapt.client.site import Site
+from fedapt.client.status import Status, alone_in, is_paused, is_served, pause, read_status, resume
+from fedapt.protocols import link
+from fedapt.protocols import link_pb2 as pb
+from fedapt.protocols.errors import FedaptError, PayloadError, PrivacyError, RunError, SpecError
+from fedapt.protocols.exchange import Answer
+from fedapt.protocols.outbox import Outbox
+from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Assignment
+from fedapt.server.export import save_adapter
+
+from .residents import make_site, spec_of
+
+SITE = 7
+
+
+def resident_of(tmp_path: Path, extra: str = "", policy: str = "") -> Resident:
+    folder = make_site(tmp_path / "site", "north", 1, extra, policy)
+    return Resident(Site.load(folder), SITE, folder, save=save_adapter, status=Status(folder))
+
+
+def asked_for(kind: pb.Kind, spec: RunSpec, payload: bytes = b"", round_: int = 1) -> tuple[pb.Question, bytes, bytes]:
+    raw = spec.to_json().encode()
+    asked = Assignment(spec.run.name, round_, 1, SITE, "0" * 64, payload)
+    return link.question(kind, asked, link.blob(raw), link.blob(payload)), raw, payload
+
+
+def first_payload(resident: Resident, spec: RunSpec) -> bytes:
+    _, described = resident.work(*asked_for(pb.DESCRIBE, spec))
+    from fedapt.protocols.codecs import CODECS
+    from fedapt.protocols.legality import recipe_of
+    from fedapt.protocols.shared import SharedAdapter
+
+    found = link.description_from_bytes(described)
+    shared = SharedAdapter(recipe_of(spec), spec.recipe, found.layout, found.start)
+    return CODECS["fp32"].encode(shared.initial_state(), shared.delivered(1, 2), 0)
+
+
+def test_one_model_serves_the_runs_that_need_it(tmp_path: Path) -> None:
+    resident, spec = resident_of(tmp_path), spec_of()
+    payload = first_payload(resident, spec)
+    loaded = resident._loaded
+    result, update = resident.work(*asked_for(pb.TRAIN, spec, payload))
+    assert (result.kind, result.weight) == ("delta", 4)
+    assert resident._loaded is loaded
+    assert loaded is not None
+    other = spec_of("run.name=other", "local.steps=1")
+    _, shorter = resident.work(*asked_for(pb.TRAIN, other, payload))
+    assert resident._loaded is not None
+    assert resident._loaded.client.adapted is loaded.client.adapted
+    assert shorter != update
+    resident.work(*asked_for(pb.DESCRIBE, spec_of("adapter.rank=3")))
+    assert resident._loaded.client.adapted is not loaded.client.adapted
+
+
+def test_the_same_question_gives_the_same_bytes(tmp_path: Path) -> None:
+    resident, spec = resident_of(tmp_path, extra="micro_batch = 1"), spec_of()
+    payload = first_payload(resident, spec)
+    assert resident.work(*asked_for(pb.TRAIN, spec, payload)) == resident.work(*asked_for(pb.TRAIN, spec, payload))
+
+
+def test_private_rounds_are_charged_before_they_train_and_again(tmp_path: Path) -> None:
+    """What was cut off is charged once more: never too little."""
+    resident = resident_of(tmp_path, policy='units = ["example"]\nmost_epsilon = 4.0')
+    spec = spec_of("privacy.unit=example", "privacy.epsilon=3.0", "recipe.name=ffa", "recipe.weighting=uniform")
+    payload = first_payload(resident, spec)
+    charges = []
+    for _ in range(2):
+        result, _ = resident.work(*asked_for(pb.TRAIN, spec, payload))
+        assert (result.kind, result.weight) == ("delta", 1)
+        charges.append(resident.accounts._file(SITE).ledger().spent(1e-5).epsilon)
+    assert 0 < charges[0] < charges[1] < 4.0
+    assert not resident.halfway.path.exists()
+    with pytest.raises(PrivacyError, match="only"):
+        resident.work(*asked_for(pb.EVALUATE, spec, payload))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """A policy's refusal is an update; it needs neither model nor data."""
+    resident = resident_of(tmp_path, policy='recipes = ["fedsvd"]')
+    (resident.folder / "own.jsonl").unlink()
+    result, payload = resident.work(*asked_for(pb.TRAIN, spec_of(), b"x"))
+    assert (result.kind, result.weight, payload) == ("refused", 0, b"")
+    assert "fedsvd" in result.reason
+    for kind in (pb.DESCRIBE, pb.EVALUATE, pb.ADOPT):
+        with pytest.raises(PrivacyError, match="fedsvd"):
+            resident.work(*asked_for(kind, spec_of(), b"x"))
+    assert resident._loaded is None
+
+
+def test_what_is_wrong_with_the_data_stays_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resident = resident_of(tmp_path)
+    (resident.folder / "own.jsonl").write_text('{"text": "fine"}\n{"text": 17}\n{"diagnosis": "secret"}\n')
+    with pytest.raises(RunError) as told:
+        resident.work(*asked_for(pb.DESCRIBE, spec_of()))
+    assert "DataError at this site" in str(told.value)
+    assert "own.jsonl" not in str(told.value)
+    assert "own.jsonl" in caplog.text
+
+
+def test_a_fault_stays_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = resident_of(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise KeyError("patient 17")
+
+    monkeypatch.setattr(resident, "_describe", fail)
+    with pytest.raises(RunError) as told:
+        resident.work(*asked_for(pb.DESCRIBE, spec_of()))
+    assert "KeyError at this site" in str(told.value)
+    assert "17" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"data": {"source": "/etc/passwd"}}, PayloadError),
+        ({"recipe": {"name": "nonsense"}}, SpecError),
+        ({"modle": {}}, SpecError),
+        ({"run": {"name": "other"}}, SpecError),
+        ({"run": {"name": "../../up"}}, SpecError),
+    ],
+)
+def test_specs_are_checked(change: Mapping[str, object], error: type[FedaptError]) -> None:
+    raw = json.loads(spec_of().to_json())
+    assert read_spec(json.dumps(raw).encode(), "resident") == spec_of()
+    with pytest.raises(error):
+        read_spec(json.dumps(raw | change).encode(), "resident")
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"\xff", b"[" * 100_000, b"1e999"])
+def test_what_is_no_spec_is_refused(raw: bytes) -> None:
+    with pytest.raises(PayloadError):
+        read_spec(raw, "resident")
+
+
+@pytest.mark.parametrize("override", ["model.base=/etc", "adapter.start=/tmp", "adapter.public=/etc/passwd"])
+def test_a_server_cannot_name_files_here(tmp_path: Path, override: str) -> None:
+    extra = ["recipe.initial_a=eva"] if "public" in override else []
+    with pytest.raises(SpecError, match="machine"):
+        resident_of(tmp_path).work(*asked_for(pb.DESCRIBE, spec_of(override, *extra)))
+
+
+def test_an_exchange_is_always_answered(tmp_path: Path) -> None:
+    resident = resident_of(tmp_path)
+    answer = Answer.from_bytes(SITE, resident.exchange((5).to_bytes(4, "little") + b"rest"), 16)
+    assert (answer.number, answer.kind) == (5, "refused")
+    resident._exchange = lambda body: body[::-1]
+    assert resident.exchange(b"ab") == b"ba"
+
+
+def test_a_resting_node_begins_nothing(tmp_path: Path) -> None:
+    """It says so in its beats, and goes on when it may."""
+    begun: list[str] = []
+
+    class Counting:
+        def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+            begun.append(question.run)
+            return pb.Result(question=question.id, payload=link.blob(b"")), b""
+
+        def exchange(self, body: bytes) -> bytes:
+            return body
+
+    async def run() -> None:
+        reasons = ["paused"]
+        closed: list[bytes] = []
+        duties = Duties(
+            Counting(),
+            Kept(tmp_path / "kept"),
+            resting=lambda: reasons[0],
+            closed=lambda received: closed.append(received.question),
+        )
+        working = asyncio.ensure_future(duties.run())
+        duties.enter(Outbox(lambda chunk: chunk.SerializeToString()))
+        question, _, _ = asked_for(pb.TRAIN, spec_of())
+        duties.question(question)
+        await asyncio.sleep(0.1)
+        assert duties.standing == "paused"
+        assert begun == []
+        reasons[0] = ""
+        async with asyncio.timeout(10):
+            while not begun or duties._open:
+                await asyncio.sleep(0.01)
+        assert duties.standing == "idle"
+        duties.received(pb.Received(question=question.id))
+        assert closed == [question.id]
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_pause_lock_and_status(tmp_path: Path) -> None:
+    assert not is_paused(tmp_path)
+    pause(tmp_path)
+    assert is_paused(tmp_path)
+    assert resume(tmp_path)
+    assert not resume(tmp_path)
+    assert not is_served(tmp_path)
+    assert read_status(tmp_path) == {}
+    with alone_in(tmp_path):
+        assert is_served(tmp_path)
+        with pytest.raises(RunError, match="another process"), alone_in(tmp_path):
+            pass
+    assert not is_served(tmp_path)
+    status = Status(tmp_path)
+    for number in range(12):
+        status.round(run="r", round=number, kind="delta")
+    status.connected(True, "")
+    found = read_status(tmp_path)
+    assert [row["round"] for row in found["rounds"]] == list(range(2, 12))
+    assert found["connected"]
