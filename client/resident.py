@@ -17,16 +17,18 @@ from ..protocols import link
 from ..protocols import link_pb2 as pb
 from ..protocols.blobs import digest
 from ..protocols.errors import DataError, FedaptError, ModelError, PayloadError, PrivacyError, RunError, SpecError
-from ..protocols.exchange import Answer
+from ..protocols.exchange import Answer, Exchange
 from ..protocols.layout import Flat
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update
 from .accounts import Accounts
 from .evaluation import score
+from .exchanger import Exchanger
 from .halfway import Halfway
 from .loading import Loaded, load
 from .site import Site
+from .slopes import exchanger_of
 from .status import Status
 
 logger = logging.getLogger(__name__)
@@ -34,39 +36,33 @@ logger = logging.getLogger(__name__)
 Save = Callable[[Path, Description, Flat], None]
 """Writes an adapter as a folder that peft loads: the facade brings it, because the server's layer has it."""
 
-Exchange = Callable[[bytes], bytes]
-"""Answers the body of a zeroth-order frame (protocols/exchange.py): there is an answer to each."""
-
 ACCOUNTS, ADAPTERS, HALFWAY, RESULTS = "accounts", "adapters", "halfway.safetensors", "results"
 
 Result = tuple[pb.Result, bytes]
 
 
 def unanswered(body: bytes) -> bytes:
-    """The answer of a node that cannot take part in an exchange."""
+    """The answer of a node that fails at an exchange, whatever was in it."""
     number = int.from_bytes(body[:4], "little") % 2**30
-    return Answer(
-        0, number, "refused", reason="this node cannot take part: its operator finds why in its log"
-    ).to_bytes()
+    return Answer(0, number, "refused", reason="an error at this site, which its operator finds in its log").to_bytes()
 
 
 class Resident:
-    """One site's worker, in its `folder`. The model of the last spec stays loaded. `exchange` answers zeroth-order frames.
+    """One site's worker, in its `folder`. The model of the last spec stays loaded.
 
     A round that was cut off goes on from where it was kept. Under `privacy.unit = "example"` it begins anew, with noise
     that is drawn anew, and is charged once more: nothing of the first try has left. `trained` is the last question that was
     answered with an update.
     """
 
-    def __init__(
-        self, site: Site, node: int, folder: Path, *, save: Save, status: Status, exchange: Exchange = unanswered
-    ) -> None:
+    def __init__(self, site: Site, node: int, folder: Path, *, save: Save, status: Status) -> None:
         self.site, self.node, self.folder = site, node, folder
-        self.save, self.status, self._exchange = save, status, exchange
+        self.save, self.status = save, status
         self.accounts = Accounts(folder / ACCOUNTS)
         self.halfway = Halfway(folder / HALFWAY, site.train.checkpoint_seconds)
         self.trained = b""
         self._loaded: Loaded | None = None
+        self._exchangers: dict[str, Exchanger] = {}
 
     def work(self, question: pb.Question, spec: bytes, payload: bytes) -> Result:
         """Raises FedaptError where it cannot be done; its message may be told to the server."""
@@ -86,11 +82,19 @@ class Resident:
             self.status.doing("idle")
 
     def exchange(self, body: bytes) -> bytes:
+        """What a frame asks of a run that is known here; of another one, this node says that it is lost."""
         try:
-            return self._exchange(body)
+            return self._exchanged(body)
         except Exception:  # a resident outlives it, and the server counts answers
             logger.exception("a zeroth-order exchange failed")
             return unanswered(body)
+
+    def _exchanged(self, body: bytes) -> bytes:
+        request = Exchange.from_bytes(self.node, body)
+        if request.run not in self._exchangers:
+            return Answer(self.node, request.number, "lost").to_bytes()
+        (answer,) = self._exchangers[request.run].answer([request])
+        return answer.to_bytes()
 
     def _answer(self, question: pb.Question, spec: RunSpec, payload: bytes) -> Result:
         asked = link.assignment(question, self.node, payload)
@@ -107,6 +111,10 @@ class Resident:
             case pb.ADOPT:
                 self._adopt(spec, asked)
                 return _result(question), b""
+            case pb.EXCHANGE:
+                self._meet(spec)
+                answer = self._exchanged(payload)
+                return _result(question, payload=answer), answer
         raise PayloadError(f"a question of kind {question.kind} is not known here: upgrade this node's fedapt")
 
     def _describe(self, spec: RunSpec) -> Description:
@@ -157,6 +165,13 @@ class Resident:
         logger.info("%s: the adapter of run %s; own data: %s", folder, spec.run.name, scores)
         self.status.round(run=asked.run, round=asked.round, kind="adopted", **scores)
 
+    def _meet(self, spec: RunSpec) -> None:
+        """Be ready for the exchanges of a run: a refusal of the site's policy is an answer to each."""
+        client = self._allowed(spec).client
+        known = self._exchangers.get(spec.run.name)
+        if known is None:
+            self._exchangers[spec.run.name] = exchanger_of(client)
+
     def _allowed(self, spec: RunSpec) -> Loaded:
         """The client of a spec. Raises PrivacyError, if it can without loading a model, where the policy objects."""
         objections = self.site.policy.problems(spec, None) or self._client(spec).client.objections
@@ -169,6 +184,7 @@ class Resident:
         found = self._loaded
         if found is None or _of_model(found.client.spec) != _of_model(spec):
             self._loaded = None  # two models at once may not fit
+            self._exchangers.clear()
             found = load(self.site, spec, self.node, self.accounts, self.halfway)
             found = replace(found, client=found.client.affording(self.site.train.most_rank or 0))
         elif found.client.spec != spec:

@@ -27,8 +27,8 @@ def join(
     from .protocols.identity import Token, tls13_only
 
     tls13_only()
+    from .client.dialling import ask_to_join
     from .client.enrolment import enrol
-    from .client.serving import ask_to_join
     from .client.site import NAME
 
     invitation = Token.decode(_token(token))
@@ -62,6 +62,9 @@ def start(
     as_json: Json = False,
 ) -> None:
     """Stay connected and train what the server asks, as far as client.toml allows. Ctrl-C keeps what is done."""
+    from .protocols.identity import tls13_only
+
+    tls13_only()
     from .client.site import Site
     from .logs import log_to
 
@@ -73,10 +76,6 @@ def start(
     if spec is not None:
         raise SpecError("--spec is for --dry-run: a site that trains gets its specs from the server")
     site.require_data()
-    if site.server.plaintext is None:
-        from .protocols.identity import tls13_only
-
-        tls13_only()
     from .client.serving import serve
     from .client.status import alone_in
     from .server.export import save_adapter

@@ -163,6 +163,20 @@ def run_commands(runs: typer.Typer) -> None:
         change_run(Place.at(folder), name, "stopping")
         print(f"{name} stops")
 
+    @runs.command("replay", epilog="Example: fedapt runs replay runs/onebyte")
+    def runs_replay(
+        path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a server's store.sqlite.")],
+        run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="Where there are several.")] = None,
+        as_json: Json = False,
+    ) -> None:
+        """Rebuild a one-byte run's adapter from its log, and compare hashes. Exit code 1 where they differ."""
+        from .replaying import replay
+
+        found = replay(path, run)
+        emit(found.as_dict(), as_json, found.text())
+        if not found.same:
+            raise typer.Exit(1)
+
     @runs.command("resume", epilog="Example: fedapt runs resume sst2 --folder federation")
     def runs_resume(name: str, folder: Folder = HERE) -> None:
         """Let a run go on that was stopped or has failed, in the server that is running or the next one."""

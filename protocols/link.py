@@ -44,6 +44,12 @@ MOST_BODY = 64 << 10
 
 Frame = TypeVar("Frame", pb.Up, pb.Down)
 
+NAME_KEY = "fedapt-name"
+"""The metadata in which a node of a plaintext link says who it is."""
+
+RESTING = ("paused", "outside its hours")
+"""What a node that takes no work says in its beats."""
+
 FAILED = "failed"
 """The kind of a result that is an error: `reason` says which."""
 

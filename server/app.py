@@ -10,8 +10,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from ..protocols.legality import recipe_of
 from ..protocols.records import spec_from_context
 from .coordinator import Coordinator, Evaluate
+from .exchanges import ZerothCoordinator
 from .export import save_adapter
 from .grid import FlowerGrid, NodeGrid
 from .store import MemoryStore, Store
@@ -27,7 +29,8 @@ def server_app(store: Store | None = None, evaluate: Evaluate | None = None) -> 
     def main(grid: Grid, context: Context) -> None:
         spec = spec_from_context(context)
         nodes = grid if isinstance(grid, NodeGrid) else FlowerGrid(grid)
-        coordinator = Coordinator(spec, nodes, store or MemoryStore(), evaluate=evaluate)
+        kind = ZerothCoordinator if recipe_of(spec).zeroth else Coordinator
+        coordinator = kind(spec, nodes, store or MemoryStore(), evaluate=evaluate)
         for row in coordinator.rounds():
             logger.info("fedapt round %d: %s", row["round"], {k: v for k, v in row.items() if k != "round"})
         if out := context.run_config.get("out"):

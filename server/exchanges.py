@@ -19,12 +19,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..kernels.replica import Replica
+from ..protocols.codecs import CODECS
 from ..protocols.errors import RunError, SpecError
 from ..protocols.exchange import PROOF_EVERY, Answer, Exchange, Step, Terms, terms_of
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import recipe_of
+from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
-from ..protocols.update import Description
+from ..protocols.update import Assignment, Description, version_of
 from .coordinator import CHANGEABLE, Evaluate, Progress, best_round
 from .grid import Failure, NodeGrid
 from .importance import Pool
@@ -154,6 +156,16 @@ class ZerothCoordinator:
         """The whole adapter after an exchange that was kept: the last row's by default, or the best."""
         number = int(self.store.rows(self.run)[-1]["round"]) if round_ is None else round_
         return self._whole(self.store.snapshot(self.run, number).state)
+
+    def farewells(self, nodes: Sequence[int]) -> list[Assignment]:
+        """What hands the run's adapter to nodes: the best row's, else the last's."""
+        best = self.best_round()
+        adapter, number = self.adapter(best), best or int(self.store.rows(self.run)[-1]["round"])
+        shared = SharedAdapter(self.recipe, self.spec.recipe, self.description.layout, self.description.start)
+        own, codec = shared.delivered(number + 1), CODECS[self.spec.wire.downlink]
+        payload = codec.encode(self.description.layout.cut(adapter, own), own, key=number)
+        version = version_of(own, codec.decode(payload, own))
+        return [Assignment(self.run, number + 1, 1, node, version, payload) for node in nodes]
 
     def best_round(self) -> int | None:
         """The exchange with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..protocols.errors import FedaptError, RunError
+from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from .coordinator import Coordinator, Evaluate
+from .exchanges import ZerothCoordinator
 from .link.grid import LinkGrid
 from .link.hub import Hub
 from .link.stopped import StoppedError
@@ -31,9 +33,9 @@ class Hooks:
     """What the facade adds to a run: an evaluation of its adapter, and somebody who writes down what it does."""
 
     evaluate: Evaluate | None = None
-    began: Callable[[Coordinator], None] = lambda _: None
+    began: Callable[[Coordinator | ZerothCoordinator], None] = lambda _: None
     row: Callable[[Row], None] = lambda _: None
-    ended: Callable[[Coordinator], None] = lambda _: None
+    ended: Callable[[Coordinator | ZerothCoordinator], None] = lambda _: None
 
 
 class HostedRun:
@@ -80,7 +82,8 @@ class HostedRun:
 
     def _run(self) -> None:
         grid = LinkGrid(self.hub, self.spec, stopping=self.stopping)
-        coordinator = Coordinator(self.spec, grid, self.store, evaluate=self.hooks.evaluate)
+        kind = ZerothCoordinator if recipe_of(self.spec).zeroth else Coordinator
+        coordinator = kind(self.spec, grid, self.store, evaluate=self.hooks.evaluate)
         self.hooks.began(coordinator)
         for row in coordinator.rounds():
             self.hooks.row(row)

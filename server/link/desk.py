@@ -48,10 +48,16 @@ class Desk:
         self._arriving: dict[bytes, tuple[pb.Result, Assembly]] = {}
         self._garbled: set[bytes] = set()
         self._exchanges: deque[Callable[[bytes | None], None]] = deque()
+        self.state = ""
 
     @property
     def present(self) -> bool:
         return self._outbox is not None
+
+    @property
+    def rests(self) -> bool:
+        """Whether the node has said that it takes no work for now."""
+        return self.state in link.RESTING
 
     @property
     def absence(self) -> float:

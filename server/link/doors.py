@@ -7,6 +7,7 @@ from grpc.aio import ServicerContext
 
 from ...protocols.errors import PayloadError
 from ...protocols.identity import Peer
+from ...protocols.link import NAME_KEY
 from ..authority import Authority, utc_now
 from ..registry import Registry
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 Context = ServicerContext[bytes, bytes]
-
-NAME_KEY = "fedapt-name"
-"""The metadata in which a node of a plaintext link says who it is."""
 
 
 class CertifiedDoor:

@@ -75,8 +75,8 @@ class Hub:
         self._thread = None
 
     def nodes(self) -> list[int]:
-        """The nodes whose streams are open, ascending."""
-        return sorted(node for node, desk in list(self._desks.items()) if desk.present)
+        """The nodes whose streams are open and that do not rest, ascending."""
+        return sorted(node for node, desk in list(self._desks.items()) if desk.present and not desk.rests)
 
     def known(self) -> list[int]:
         """All nodes that were here since the start, ascending."""

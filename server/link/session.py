@@ -98,6 +98,7 @@ class Session:
             case "chunk":
                 self.desk.chunk(frame.chunk)
             case "beat":
+                self.desk.state = frame.beat.state
                 self.outbox.put(pb.Down(beat=pb.Beat()).SerializeToString())
             case "answer":
                 self.desk.answer(frame.answer.body)

@@ -29,6 +29,29 @@ COMMANDS = [
     ["adapter", "merge"],
     ["runs"],
     ["runs", "compare"],
+    ["runs", "list"],
+    ["runs", "show"],
+    ["runs", "stop"],
+    ["runs", "resume"],
+    ["runs", "replay"],
+    ["server"],
+    ["server", "init"],
+    ["server", "start"],
+    ["server", "status"],
+    ["token"],
+    ["token", "create"],
+    ["token", "list"],
+    ["token", "revoke"],
+    ["node"],
+    ["node", "list"],
+    ["node", "revoke"],
+    ["client"],
+    ["client", "join"],
+    ["client", "start"],
+    ["client", "status"],
+    ["client", "pause"],
+    ["client", "resume"],
+    ["client", "import"],
     ["audit"],
     ["ledger"],
     ["ledger", "show"],
@@ -45,7 +68,8 @@ def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, *command, "--help")
     assert code == 0
-    assert command in ([], ["adapter"], ["runs"], ["ledger"]) or "Example:" in out
+    groups = ([], ["adapter"], ["runs"], ["ledger"], ["server"], ["token"], ["node"], ["client"])
+    assert command in groups or "Example:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -53,7 +77,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; sys.argv = ['fedapt', '--help']\n"
         "from fedapt.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'flwr', 'sqlalchemy', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'flwr', 'grpc', 'sqlalchemy', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

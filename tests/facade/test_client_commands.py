@@ -153,7 +153,8 @@ def test_a_site_joins_connects_renews_and_leaves_over_tls(tmp_path: Path, capsys
     from fedapt.client.enrolment import SiteKeys
     from fedapt.client.kept import Kept
     from fedapt.client.link import Link
-    from fedapt.client.serving import Certificate, channel_of
+    from fedapt.client.dialling import channel_of
+    from fedapt.client.serving import Certificate
     from fedapt.client.site import Site
     from fedapt.server.authority import Authority, server_credentials
     from fedapt.server.link.doors import CertifiedDoor
