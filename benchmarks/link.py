@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -32,7 +32,7 @@ from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
-from fedapt.server.link.doors import NAME_KEY, OpenDoor
+from fedapt.server.link.doors import OpenDoor
 from fedapt.server.link.grid import LinkGrid
 from fedapt.server.link.hub import Hub
 
@@ -49,7 +49,7 @@ class Echo:
         update = Update(asked.run, asked.round, asked.attempt, asked.node, asked.version, "delta", 1.0, payload)
         return link.result(question, update), payload
 
-    def exchange(self, body: bytes) -> bytes | None:
+    def exchange(self, body: bytes) -> bytes:
         return body
 
 
@@ -64,7 +64,7 @@ def attend(port: int, first: int, count: int) -> None:
         links = []
         for name in range(first, first + count):
             duties = Duties(Echo(), Kept(folder / str(name)))
-            links.append(Link(channel, duties, backoff=Backoff(most=10.0), metadata=[(NAME_KEY, f"site-{name}")]))
+            links.append(Link(channel, duties, backoff=Backoff(most=10.0), metadata=[(link.NAME_KEY, f"site-{name}")]))
         await asyncio.gather(*(link.run() for link in links))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +244,6 @@ def measure_crowd() -> None:
         server = Server(port)
         stack.enter_context(ended(server.process))
         server.until(0)
-        server.rounds(0, 1, 0)
         before = memory(server)
         for first in range(0, CROWD, PER_PROCESS):
             stack.enter_context(ended(spawn("attend", port, first, PER_PROCESS)))
@@ -297,7 +296,7 @@ def claim(name: str) -> bytes:
     """An HTTP/2 stream whose one message says that it has 1 GiB, and then says no more."""
     path = f"/{link.SERVICE}/{link.OPEN}"
     headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "x"), ("te", "trailers")]
-    headers += [("content-type", "application/grpc"), (NAME_KEY, name)]
+    headers += [("content-type", "application/grpc"), (link.NAME_KEY, name)]
     block = b"".join(literal(*header) for header in headers)
     message = b"\0" + (1 << 30).to_bytes(4) + bytes(1000)
     return PREFACE + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 0, 1, message)
@@ -460,7 +459,8 @@ def measure_stock() -> None:
 def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         role, *numbers = sys.argv[1:]
-        {"serve": serve, "attend": attend, "besiege": besiege}[role](*map(int, numbers))
+        roles: dict[str, Callable[..., None]] = {"serve": serve, "attend": attend, "besiege": besiege}
+        roles[role](*map(int, numbers))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stock", action="store_true", help="measure Flower's own transport as well")

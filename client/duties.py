@@ -207,7 +207,10 @@ class Duties:
             logger.exception("%s failed", self.state)
             result, answer = _failed(question, f"{type(error).__name__}: {error}"), b""
         self.state = "idle"
-        self.kept.keep(result, answer)
+        try:
+            self.kept.keep(result, answer)
+        except OSError as error:  # it can still be sent, and is lost if this process ends before
+            logger.error("a result cannot be kept on disk: %s", error)
         return partial(self._done, result, answer)
 
     def _skipped(self, question: bytes) -> None:

@@ -38,12 +38,10 @@ class Exchanges:
         """Answers as they come. Those of an earlier exchange, which are late, are dropped."""
         self._close()
         small = {request.node: reason for request in requests if (reason := self._too_small(request.node))}
-        waiting = {request.node: request.number for request in requests if request.node not in small}
+        able = [request for request in requests if request.node not in small]
+        waiting = {request.node: request.number for request in able}
         frames = []
-        for request in requests:
-            if request.node in small:
-                yield Answer(request.node, request.number, "refused", reason=small[request.node])
-                continue
+        for request in able:
             body = request.to_bytes()
             if request.node in self._told and len(body) <= link.MOST_BODY:
                 frames.append((request.node, body))
@@ -51,14 +49,15 @@ class Exchanges:
                 self._ask(request, body)
         self.hub.exchange(frames, self._framed)
         deadline = time.monotonic() + timeout
+        yield from (Answer(r.node, r.number, "refused", reason=small[r.node]) for r in requests if r.node in small)
         while waiting and (left := deadline - time.monotonic()) > 0:
             if self.stopping.is_set():
                 raise StoppedError
             try:
-                node, body = self._inbox.get(timeout=min(left, POLL_SECONDS))
+                node, told = self._inbox.get(timeout=min(left, POLL_SECONDS))
             except queue.Empty:
                 continue
-            answer = self._read(node, body)
+            answer = self._read(node, told)
             if isinstance(answer, Answer) and answer.number != waiting.get(node):
                 continue
             if waiting.pop(node, None) is not None:

@@ -95,10 +95,15 @@ class MessageGrid(Grid):
         assignments, replies = [], []
         for number, asked in messages.items():
             try:
-                assignments.append(assignment_from_records(asked.content))
-                numbers[asked.metadata.dst_node_id] = number
+                assignment = assignment_from_records(asked.content)
             except PayloadError as error:
                 replies.append(self._reply(number, asked, Error(0, str(error))))
+                continue
+            if assignment.node != asked.metadata.dst_node_id:
+                replies.append(self._reply(number, asked, Error(0, f"an assignment of node {assignment.node}")))
+                continue
+            assignments.append(assignment)
+            numbers[assignment.node] = number
         self.send(assignments)
         for reply in self.replies(timeout):
             number = numbers[reply.node]

@@ -68,7 +68,7 @@ def fedapt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, *command, "--help")
     assert code == 0
-    groups = ([], ["adapter"], ["runs"], ["ledger"], ["server"], ["token"], ["node"], ["client"])
+    groups: tuple[list[str], ...] = ([], ["adapter"], ["runs"], ["ledger"], ["server"], ["token"], ["node"], ["client"])
     assert command in groups or "Example:" in out
 
 

@@ -55,10 +55,12 @@ batch_size = 32
 steps = 10
 
 [participation]
-sampling = "poisson"
+sampling = "fixed"
 rate = 0.5
 minimum = 2
 deadline_seconds = 600
+spare = 0.25
+evaluates = true
 
 [privacy]
 unit = "client"
@@ -66,6 +68,8 @@ epsilon = 6.0
 delta = 1e-6
 clip = 0.5
 clipping = "adaptive"
+mechanism = "banded"
+separation = 4
 noise_multiplier = 1.5
 population = 1000
 noise = "simulation"
@@ -129,6 +133,7 @@ def test_the_least_spec_is_complete() -> None:
 
 
 SECTION_MISTAKES = [
+    ('[participation]\nsampling = "poisson"\nspare = 0.5', 'spare = 0.5 is illegal with sampling = "poisson"'),
     ("[run]\nround = 3", 'run.round = 3: unknown key; did you mean "rounds"?'),
     ("[adapter]\nzzz = 1", "adapter.zzz = 1: unknown key; the keys here are method, rank, ranks, alpha, "),
     ("[locl]\nsteps = 1", """locl = {'steps': 1}: unknown key; did you mean "local"?"""),

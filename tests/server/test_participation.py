@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedapt.protocols.spec import Participation
-from fedapt.server.participation import cohort_size, draw
+from fedapt.server.participation import cohort_size, draw, wanted, with_spare
 
 ROUNDS = 3000
 LIMIT = 1e-4
@@ -131,3 +131,26 @@ def test_poisson_fills_up_to_the_minimum() -> None:
     sizes = [len(cohort) for cohort in cohorts(5, rounds=200, sampling="poisson", rate=0.05, minimum=3)]
     assert min(sizes) == 3
     assert max(len(c) for c in cohorts(2, rounds=50, sampling="poisson", rate=0.05, minimum=3)) == 2
+
+
+@given(size=st.integers(0, 500), spare=st.floats(0, 3))
+def test_spares_are_drawn_on_top_and_not_waited_for(size: int, spare: float) -> None:
+    participation = Participation(sampling="fixed", rate=1.0, spare=spare)
+    drawn = with_spare(size, participation)
+    assert drawn >= size
+    assert wanted(drawn, participation) <= drawn
+    assert with_spare(wanted(drawn, participation), participation) >= drawn
+    if drawn:
+        assert with_spare(wanted(drawn, participation) - 1, participation) < drawn, "no smaller share draws as many"
+
+
+def test_a_spare_is_taken_from_those_who_are_there() -> None:
+    participation = Participation(sampling="fixed", rate=0.5, spare=0.5)
+    assert len(draw(range(10), participation, 0, 1)) == 8
+    assert wanted(8, participation) == 5
+    assert len(draw(range(2), Participation(sampling="fixed", rate=0.5, spare=9.0), 0, 1)) == 2
+
+
+def test_without_spares_all_are_waited_for() -> None:
+    for sampling in ("all", "fixed", "poisson"):
+        assert wanted(7, Participation(sampling=sampling)) == 7  # type: ignore[arg-type]
