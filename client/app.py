@@ -1,9 +1,10 @@
 """The Flower ClientApp: the seam `client.train` for exactly one message, a cohort of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 
 from ..protocols.records import (
     assignment_from_records,
@@ -14,10 +15,15 @@ from ..protocols.records import (
 )
 from .client import Client
 
+ClientOf = Callable[[Context], Client]
 
-def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
-    """A ClientApp around a function that gives the client of a context (and is expected to keep it loaded)."""
-    app = ClientApp()
+
+def client_app(client_of: ClientOf, scoring_of: ClientOf | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
+    """A ClientApp around a function that gives the client of a context (and is expected to keep it loaded).
+
+    `scoring_of` gives the client over what scores come from, where that is other data; `mods` are Flower's.
+    """
+    app = ClientApp(mods=list(mods))
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
@@ -34,7 +40,7 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        client = client_of(context)
+        client = (scoring_of or client_of)(context)
         assignment = assignment_from_records(message.content)
         client.load(assignment)
         scores = client.evaluate(assignment.node)

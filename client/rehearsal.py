@@ -9,8 +9,8 @@ import numpy as np
 
 from ..privacy.example_level import example_level_of
 from ..protocols.codecs import CODECS
-from ..protocols.errors import PrivacyError
-from ..protocols.legality import rank_of
+from ..protocols.errors import PrivacyError, SpecError
+from ..protocols.legality import rank_for, recipe_of
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, version_of
 from .accounts import Accounts
@@ -76,6 +76,11 @@ def rehearse(site: Site, spec: RunSpec, node: int = 0) -> Rehearsal:
     Raises PrivacyError where the policy objects, SpecError, DataError and ModelError where something does not fit.
     """
     _require(site.policy.problems(spec, None))
+    if recipe_of(spec).zeroth:
+        raise SpecError(
+            f"recipe.name = {spec.recipe.name}: nothing is trained here in a dry run of it; "
+            f"{spec.zeroth.directions} codes leave in each of {spec.run.rounds} exchanges (`fedapt plan` counts the bytes)"
+        )
     short = _one_step(spec)
     # The policy is asked about the whole run: noise that is solved for one step would be too little for it.
     loaded = load(site.model_copy(update={"policy": Policy()}), short, node, Accounts())
@@ -83,8 +88,9 @@ def rehearse(site: Site, spec: RunSpec, node: int = 0) -> Rehearsal:
     _require(site.policy.problems(spec, base))
     privacy = _privacy(spec, site, client)
     scores = score(client.adapted, loaded.evaluation).metrics(client.adapted.task)
-    (update,) = client.train([_first(client, node)])
-    sent, examples = client.shared.sent(1, rank_of(short, node)), client.sites.examples
+    rank = rank_for(spec, site.train.most_rank or 0)
+    (update,) = client.train([_first(client, node, rank)])
+    sent, examples = client.shared.sent(1, rank), client.sites.examples
     low, middle, high = np.percentile(examples.lengths, [0, 50, 100]).astype(int).tolist()
     return Rehearsal(
         run=spec.run.name,
@@ -118,13 +124,13 @@ def _one_step(spec: RunSpec) -> RunSpec:
     return RunSpec.check(raw)
 
 
-def _first(client: Client, node: int) -> Assignment:
+def _first(client: Client, node: int, rank: int) -> Assignment:
     """What the server would ask in round 1."""
-    own = client.shared.delivered(1, rank_of(client.spec, node))
+    own = client.shared.delivered(1, rank)
     state = client.shared.received(1).cut(client.shared.initial_state(), own)
     payload = CODECS[client.spec.wire.downlink].encode(state, own, 0)
     version = version_of(client.adapted.layout, client.start)
-    return Assignment(client.spec.run.name, 1, 1, node, version, payload)
+    return Assignment(client.spec.run.name, 1, 1, node, version, payload, rank)
 
 
 def _classes(client: Client) -> dict[int, int]:

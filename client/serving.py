@@ -62,6 +62,7 @@ async def _serve(resident: Resident, once: bool, backoff: Backoff | None) -> Non
         connected=resident.status.connected,
         metadata=[] if site.server.plaintext is None else [(NAME_KEY, site.server.plaintext)],
         renewal=Certificate(site.server.keys) if site.server.plaintext is None else None,
+        rank=site.train.most_rank or 0,
     )
     loop = asyncio.get_running_loop()
     for number in SIGNALS:

@@ -113,7 +113,7 @@ def update_from_records(records: RecordDict) -> Update:
 
 def evaluation_to_records(asked: Assignment, examples: int, metrics: Mapping[str, float]) -> RecordDict:
     """A node's scores of an adapter: means over its `examples`."""
-    fields = {"node": asked.node, "version": asked.version, "weight": float(examples)}
+    fields: dict[str, Any] = {"node": asked.node, "version": asked.version, "weight": float(examples)}
     return RecordDict({"metrics": MetricRecord(dict(metrics)), "evaluated": ConfigRecord(fields)})
 
 

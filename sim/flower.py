@@ -7,6 +7,7 @@ from flwr.app import Context
 from ..client.app import client_app
 from ..client.client import Client, Sites
 from ..protocols.errors import SpecError
+from ..protocols.legality import rank_of
 from ..protocols.records import spec_from_context
 from ..protocols.spec import RunSpec
 from .federation import Federation, build
@@ -29,7 +30,7 @@ def client_of(context: Context) -> Client:
             "run Flower's simulation with num-supernodes of at most that"
         )
     sites = Sites(federation.client.sites.examples, {context.node_id: federation.client.sites.indices[number]})
-    return federation.client.at(sites)
+    return federation.client.at(sites).affording(rank_of(spec, context.node_id))
 
 
 app = client_app(client_of)

@@ -96,10 +96,12 @@ def state_of(client: Client, seed: int | None = None) -> Flat:
     return (state + np.float32(0.1) * noise).astype(np.float32)
 
 
-def assignments_of(client: Client, nodes: Sequence[int], state: Flat, round_: int = 1) -> list[Assignment]:
-    """What a node of its own rank gets of the state."""
+def assignments_of(
+    client: Client, nodes: Sequence[int], state: Flat, round_: int = 1, rank: int | None = None
+) -> list[Assignment]:
+    """What each node gets of the state at this rank, or at the one that is drawn for it."""
     whole, codec = client.shared.received(round_), CODECS[client.spec.wire.downlink]
-    ranks = {node: rank_of(client.spec, node) for node in nodes}
+    ranks = {node: rank_of(client.spec, node) if rank is None else rank for node in nodes}
     own = {node: client.shared.delivered(round_, rank) for node, rank in ranks.items()}
     payloads = {node: codec.encode(whole.cut(state, layout), layout, 0) for node, layout in own.items()}
     return [Assignment("run", round_, 2, node, f"version {round_}", payloads[node], ranks[node]) for node in nodes]
@@ -117,8 +119,8 @@ def asked(client: Client, message_type: str, node: int, content: RecordDict) -> 
     return reply.content
 
 
-def change_of(client: Client, update: Update) -> Flat:
-    layout = client.shared.sent(update.round, rank_of(client.spec, update.node))
+def change_of(client: Client, update: Update, rank: int | None = None) -> Flat:
+    layout = client.shared.sent(update.round, rank_of(client.spec, update.node) if rank is None else rank)
     return CODECS[client.spec.wire.codec].decode(update.payload, layout)
 
 

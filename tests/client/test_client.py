@@ -159,7 +159,7 @@ def test_evaluation_is_of_the_nodes_own_data() -> None:
     metrics = scores.metrics(client.adapted.task)
     assert 0 <= metrics["accuracy"] <= 1
     assert dict(answer["metrics"]) == pytest.approx(metrics)
-    assert answer["evaluated"] == ConfigRecord({"node": 40, "version": "version 1"})
+    assert answer["evaluated"] == ConfigRecord({"node": 40, "version": "version 1", "weight": float(RAGGED[40])})
     batch = client.adapted.task.collate(client.sites.examples, [client.sites.indices[40]])
     loss = client.adapted.model(**batch.inputs, labels=batch.labels).loss
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)

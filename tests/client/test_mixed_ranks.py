@@ -1,5 +1,6 @@
 """Nodes of different ranks in one model: each trains exactly what stock peft of its rank trains."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from fedapt.client.batches import plan_batches
 from fedapt.client.client import Client
 from fedapt.client.trainer import Trainer
+from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.layout import AdapterLayout, Flat
 from fedapt.protocols.legality import rank_of
 from fedapt.protocols.recipes import RECIPES
@@ -84,3 +86,45 @@ def test_another_scaling_would_be_caught() -> None:
     own, smaller = client.shared.sent(1, 2), client.shared.sent(1, 1)
     found, expected = own.cut(change_of(client, update), smaller), trained_by_stock_peft(client, assignment, 1)
     assert np.linalg.norm(found - expected) > 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_a_node_trains_at_the_rank_it_is_asked_for(rank: int) -> None:
+    """Any, where the run draws none: with the run's own scaling, as stock peft of that rank has it."""
+    client = client_of("recipe.name=flexlora", "adapter.rank=4", "local.steps=3", sizes={7: 6}, rank=4)
+    (assignment,) = assignments_of(client, [7], state_of(client, seed=4), rank=rank)
+    (update,) = client.train([assignment])
+    assert len(update.payload) == 4 * client.shared.sent(1, rank).size
+    expected = trained_by_stock_peft(client, assignment, rank)
+    assert np.linalg.norm(change_of(client, update, rank) - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+def test_a_payload_of_another_rank_is_none() -> None:
+    client = client_of("recipe.name=flexlora", "adapter.rank=4", sizes={7: 6}, rank=4)
+    (assignment,) = assignments_of(client, [7], state_of(client, seed=4), rank=2)
+    for other in (0, 1, 3):
+        with pytest.raises(PayloadError):
+            client.train([replace(assignment, rank=other)])
+
+
+def test_what_a_node_cannot_afford_it_refuses() -> None:
+    """Before it looks at the payload; the others of the cohort train as if it were not there."""
+    client = client_of("recipe.name=flexlora", "adapter.rank=4", sizes={3: 4, 7: 6, 9: 5}, rank=4)
+    state = state_of(client, seed=4)
+    (small,) = assignments_of(client, [7], state, rank=2)
+    whole, explicit = (assignments_of(client, [node], state, rank=rank)[0] for node, rank in ((3, 0), (9, 4)))
+    able = client.affording(2)
+    refused, taken, other = able.train([replace(whole, payload=b"nonsense"), small, explicit])
+    assert [update.kind for update in (refused, taken, other)] == ["refused", "delta", "refused"]
+    for update in (refused, other):
+        assert (update.weight, update.payload, dict(update.metrics)) == (0.0, b"", {})
+        assert update.reason == "asked to train at rank 4, and this node can afford 2 (most_rank)"
+    assert taken == client.train([small])[0]
+    assert able.affording(4).train([explicit]) == able.affording(0).train([explicit]) == client.train([explicit])
+    assert able.under(client.spec).most_rank == able.at(client.sites).most_rank == 2
+
+
+def test_a_method_without_a_rank_is_for_everybody() -> None:
+    client = client_of("adapter.method=head").affording(1)
+    (assignment,) = assignments_of(client, [10], state_of(client))
+    assert client.train([assignment])[0].kind != "refused"

@@ -15,7 +15,7 @@ from fedapt.client.status import Status, alone_in, is_paused, is_served, pause, 
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.errors import FedaptError, PayloadError, PrivacyError, RunError, SpecError
-from fedapt.protocols.exchange import Answer
+from fedapt.protocols.exchange import Answer, Exchange, terms_of
 from fedapt.protocols.outbox import Outbox
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment
@@ -37,7 +37,7 @@ def asked_for(kind: pb.Kind, spec: RunSpec, payload: bytes = b"", round_: int = 
     return link.question(kind, asked, link.blob(raw), link.blob(payload)), raw, payload
 
 
-def first_payload(resident: Resident, spec: RunSpec) -> bytes:
+def first_payload(resident: Resident, spec: RunSpec, rank: int = 2) -> bytes:
     _, described = resident.work(*asked_for(pb.DESCRIBE, spec))
     from fedapt.protocols.codecs import CODECS
     from fedapt.protocols.legality import recipe_of
@@ -45,7 +45,8 @@ def first_payload(resident: Resident, spec: RunSpec) -> bytes:
 
     found = link.description_from_bytes(described)
     shared = SharedAdapter(recipe_of(spec), spec.recipe, found.layout, found.start)
-    return CODECS["fp32"].encode(shared.initial_state(), shared.delivered(1, 2), 0)
+    own = shared.delivered(1, rank)
+    return CODECS["fp32"].encode(shared.received(1).cut(shared.initial_state(), own), own, 0)
 
 
 def test_one_model_serves_the_runs_that_need_it(tmp_path: Path) -> None:
@@ -98,6 +99,28 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(PrivacyError, match="fedsvd"):
             resident.work(*asked_for(kind, spec_of(), b"x"))
     assert resident._loaded is None
+
+
+def test_a_rank_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    """The server is told what this site can afford; one that asks for more all the same gets no update."""
+    resident, spec = resident_of(tmp_path, extra="most_rank = 1"), spec_of("recipe.name=flexlora")
+    payloads = {rank: first_payload(resident, spec, rank) for rank in (1, 2)}
+    kinds = {}
+    for rank, payload in payloads.items():
+        asked = Assignment(spec.run.name, 1, 1, SITE, "0" * 64, payload, rank)
+        raw = spec.to_json().encode()
+        question = link.question(pb.TRAIN, asked, link.blob(raw), link.blob(payload))
+        result, answer = resident.work(question, raw, payload)
+        kinds[rank] = result.kind, result.reason, bool(answer)
+    assert kinds[1] == ("delta", "", True)
+    assert kinds[2] == ("refused", "asked to train at rank 2, and this node can afford 1 (most_rank)", False)
+    assert Site.load(resident.folder).train.most_rank == 1
+
+
+@pytest.mark.parametrize("most", ["0", "-1", "65537", "1.5"])
+def test_a_rank_that_means_nothing_is_no_setting(tmp_path: Path, most: str) -> None:
+    with pytest.raises(SpecError, match="most_rank"):
+        resident_of(tmp_path, extra=f"most_rank = {most}")
 
 
 def test_what_is_wrong_with_the_data_stays_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,8 +180,20 @@ def test_an_exchange_is_always_answered(tmp_path: Path) -> None:
     resident = resident_of(tmp_path)
     answer = Answer.from_bytes(SITE, resident.exchange((5).to_bytes(4, "little") + b"rest"), 16)
     assert (answer.number, answer.kind) == (5, "refused")
-    resident._exchange = lambda body: body[::-1]
-    assert resident.exchange(b"ab") == b"ba"
+    asked = Exchange("elsewhere", SITE, 5, 0, 0, 0.01)
+    answer = Answer.from_bytes(SITE, resident.exchange(asked.to_bytes()), 16)
+    assert (answer.number, answer.kind) == (5, "lost"), "it has not heard of the run"
+
+
+def test_exchanges_of_a_run_begin_with_its_spec(tmp_path: Path) -> None:
+    spec = spec_of("recipe.name=onebyte", "recipe.weighting=uniform", "zeroth.directions=4", "local.steps=1")
+    resident, scale = resident_of(tmp_path), terms_of(spec).code.scale_of(1.0)
+    first = Exchange(spec.run.name, SITE, 1, 0, scale, 0.01)
+    question = pb.Question(id=b"q" * 16, kind=pb.EXCHANGE, run=spec.run.name, round=1)
+    result, body = resident.work(question, spec.to_json().encode(), first.to_bytes())
+    answer = Answer.from_bytes(SITE, body, 4)
+    assert (result.kind, answer.number, answer.kind) == ("", 1, "codes")
+    assert resident.exchange(first.to_bytes()) == body, "the same exchange is answered with the same codes"
 
 
 def test_a_resting_node_begins_nothing(tmp_path: Path) -> None:

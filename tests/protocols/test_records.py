@@ -18,6 +18,8 @@ from fedapt.protocols.records import (
     assignment_to_records,
     description_from_records,
     description_to_records,
+    rank_from_records,
+    rank_to_records,
     spec_from_context,
     update_from_records,
     update_to_records,
@@ -28,7 +30,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 whole = st.integers(0, 2**63 - 1)
 nodes = st.integers(0, 2**64 - 1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-assignments = st.builds(Assignment, text, whole, whole, nodes, text, st.binary(max_size=40))
+assignments = st.builds(Assignment, text, whole, whole, nodes, text, st.binary(max_size=40), whole)
 metrics = st.dictionaries(text, numbers, max_size=3)
 kinds = st.sampled_from(["delta", "empty"])
 updates = st.builds(Update, text, whole, whole, nodes, text, kinds, numbers, st.binary(max_size=40), metrics)
@@ -51,6 +53,20 @@ def over_the_wire(records: RecordDict) -> RecordDict:
 @given(assignments)
 def test_assignment_round_trip(assignment: Assignment) -> None:
     assert assignment_from_records(over_the_wire(assignment_to_records(assignment))) == assignment
+
+
+@given(whole)
+def test_rank_round_trip(rank: int) -> None:
+    assert rank_from_records(over_the_wire(rank_to_records(rank))) == rank
+
+
+def test_a_negative_rank_is_none() -> None:
+    with pytest.raises(PayloadError, match="rank = -1 in a message: 0 or more expected"):
+        rank_from_records(rank_to_records(-1))
+    with pytest.raises(PayloadError, match="rank = -2"):
+        assignment_from_records(assignment_to_records(replace(ASSIGNMENT, rank=-2)))
+    with pytest.raises(PayloadError, match="the message has no stated"):
+        rank_from_records(RecordDict({}))
 
 
 @given(updates)
@@ -176,7 +192,7 @@ def test_metrics_are_optional_but_of_their_type() -> None:
     assert update_from_records(changed("update", metrics=None)) == replace(UPDATE, metrics={})
     with_list = changed("update", metrics=MetricRecord({"loss": 1, "curve": [1.0, 2.0]}))
     assert update_from_records(with_list).metrics == {"loss": 1.0}
-    refused("update", changed("update", metrics=ConfigRecord({"loss": 1.0})), "not an update")
+    refused("update", changed("update", metrics=ConfigRecord({"loss": 1.0})), "metrics are none")
 
 
 @pytest.mark.parametrize("config", ["", "{", "5", "null", "[1]", '"x"', "[" * 100_000])

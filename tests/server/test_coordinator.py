@@ -103,7 +103,7 @@ def test_a_round_without_an_update_stays_open_and_resumes(store: Store, answer: 
     expected, _ = run(FakeGrid(spec))
     silent = FakeGrid(spec)
     silent.answer = lambda u: [u] if u.round == 1 else answer(u)
-    with pytest.raises(RunError, match=rf"round 2: none of 2 nodes .* within 7 s \({reason}.*The round stays open"):
+    with pytest.raises(RunError, match=rf"round 2: 0 of 2 nodes .* within 7 s, .* \({reason}.*The round stays open"):
         run(silent, store)
     assert len(store.rows("run")) == 2
     again = FakeGrid(spec)
@@ -324,3 +324,43 @@ def test_another_spec_under_the_same_name_is_refused(store: Store, other: str) -
     with pytest.raises(SpecError, match='run "run" exists with another spec'):
         Coordinator(spec_of(other), FakeGrid(spec_of(other)), store)
     assert run(FakeGrid(spec_of(other, "run.name=another", "run.rounds=1")), store)[1][0]["round"] == 1
+
+
+def test_the_slowest_of_spare_nodes_are_not_waited_for() -> None:
+    spec = spec_of("participation.sampling=fixed", "participation.rate=0.5", "participation.spare=0.5", "run.rounds=2")
+    late: list[int] = []
+
+    def answer(update: Update) -> Sequence[Update]:
+        late.append(update.node)
+        return [update]
+
+    grid = FakeGrid(spec, answer)
+    _, rows = run(grid)
+    assert [row["nodes"] for row in rows] == [2, 2]
+    assert len(grid.sent) == 2 * 3
+    assert len(late) == 2 * 2
+
+
+def test_fewer_answers_than_the_minimum_leave_the_round_open() -> None:
+    spec = spec_of("participation.minimum=3", "run.rounds=1")
+    store = MemoryStore()
+
+    def answer(update: Update) -> Sequence[Update | Failure]:
+        return [update] if update.node in NODES[:2] else [Failure(update.node, "out of memory")]
+
+    with pytest.raises(RunError, match=r"2 of 4 nodes .* and 3 are needed \(out of memory\)"):
+        run(FakeGrid(spec, answer), store)
+    assert len(store.rows("run")) == 1
+    assert len(store.contributions("run", 1)) == 2, "what was delivered is kept"
+    run(FakeGrid(spec), store)
+    assert len(store.rows("run")) == 2
+
+
+def test_nodes_score_the_adapter_on_their_own_data() -> None:
+    _, rows = run(FakeGrid(spec_of("participation.evaluates=true", "run.evaluate_every=2", "run.rounds=2")))
+    weights = [node % 3 for node in NODES]
+    assert "federated" not in rows[0]
+    scored = rows[1]["federated"]
+    assert scored["examples"] == sum(weights)
+    assert scored["nodes"] == sum(weight > 0 for weight in weights)
+    assert scored["loss"] == pytest.approx(sum(w * node for w, node in zip(weights, NODES, strict=True)) / sum(weights))

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,15 @@ from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.blobs import digest
 from fedapt.protocols.errors import RunError
+from fedapt.protocols.link import NAME_KEY
+from fedapt.protocols.recipes import FIRST_ORDER
 from fedapt.protocols.spec import RunSpec
 from fedapt.server.hosting import Hooks, Host
-from fedapt.server.link.doors import NAME_KEY, OpenDoor, named
+from fedapt.server.link.doors import OpenDoor, named
+from fedapt.server.link.grid import LinkGrid
 from fedapt.server.link.hub import Hub
 from fedapt.server.link.limits import Limits
+from fedapt.server.link.stopped import StoppedError
 from fedapt.server.store import SqliteStore, Store
 
 from .fakes import FakeGrid, plain, run, spec_of
@@ -60,17 +64,16 @@ class FakeSite:
 
 
 @contextmanager
-def site(port: int, name: str, folder: Path) -> Iterator[FakeSite]:
-    """A node's process, as far as the link goes, in a thread."""
+def site(port: int, name: str, folder: Path, rank: int = 0) -> Iterator[FakeSite]:
+    """A node's process, as far as the link goes, in a thread. `rank` is what it can afford."""
     worker = FakeSite(name)
     loop = asyncio.new_event_loop()
 
     def channel() -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
-    dialled = Link(
-        channel, Duties(worker, Kept(folder / name)), backoff=Backoff(0.05, 0.2), metadata=((NAME_KEY, name),)
-    )
+    duties = Duties(worker, Kept(folder / name))
+    dialled = Link(channel, duties, backoff=Backoff(0.05, 0.2), metadata=((NAME_KEY, name),), rank=rank)
     task = loop.create_task(dialled.run())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -87,10 +90,12 @@ def site(port: int, name: str, folder: Path) -> Iterator[FakeSite]:
 
 
 @contextmanager
-def federation(folder: Path, *names: str) -> Iterator[tuple[Hub, list[FakeSite]]]:
+def federation(
+    folder: Path, *names: str, ranks: Mapping[str, int] | None = None
+) -> Iterator[tuple[Hub, list[FakeSite]]]:
     limits = Limits(beat=0.5, silence=5.0, absence=1.0)
     with Hub("127.0.0.1:0", OpenDoor(), credentials=None, limits=limits) as hub:
-        contexts = [site(hub.port, name, folder) for name in names]
+        contexts = [site(hub.port, name, folder, (ranks or {}).get(name, 0)) for name in names]
         try:
             yield hub, [context.__enter__() for context in contexts]
         finally:
@@ -145,10 +150,10 @@ def test_two_runs_side_by_side(tmp_path: Path, store: SqliteStore) -> None:
     ]
     with federation(tmp_path, *NAMES[:2]) as (hub, _):
         serve(hub, store, *specs)
-    assert [(state.name, state.status, state.rounds) for state in store.runs()] == [
-        ("a", "finished", 3),
-        ("b", "finished", 3),
-    ]
+    assert {state.name: (state.status, state.rounds) for state in store.runs()} == {
+        "a": ("finished", 3),
+        "b": ("finished", 3),
+    }
 
 
 def test_stopped_and_resumed_from_elsewhere(tmp_path: Path, store: SqliteStore) -> None:
@@ -215,3 +220,93 @@ def test_federated_evaluation(tmp_path: Path, store: SqliteStore) -> None:
     for row in store.rows("scored")[1:]:
         assert row["federated"]["loss"] == pytest.approx(mean)
         assert row["federated"]["nodes"] == sum(weight > 0 for weight in weights)
+
+
+MIXING = [name for name, recipe in FIRST_ORDER.items() if recipe.mixes_ranks]
+
+
+def node_of(name: str) -> int:
+    return named(name).node
+
+
+@pytest.mark.parametrize("recipe", MIXING)
+def test_nodes_of_stated_ranks_over_the_link_are_those_of_a_simulation(
+    recipe: str, tmp_path: Path, store: SqliteStore
+) -> None:
+    spec = spec_of(f"recipe.name={recipe}", "run.name=mixed", "adapter.rank=2", "participation.minimum=3")
+    reference, rows = run(FakeGrid(spec, there=NODES, stated={node_of("birch"): 1}))
+    with federation(tmp_path, *NAMES, ranks={"birch": 1, "cedar": 7}) as (hub, sites):
+        serve(hub, store, spec)
+        until(lambda: all(site.adopted == ["mixed"] for site in sites))
+    assert store.snapshot("mixed").state.tobytes() == reference.store.snapshot("mixed").state.tobytes()
+    assert plain(store.rows("mixed"))[1:] == plain(rows)
+    alike, _ = run(FakeGrid(spec, there=NODES))
+    assert store.snapshot("mixed").state.tobytes() != alike.store.snapshot("mixed").state.tobytes()
+
+
+def test_a_node_too_small_for_the_run_is_left_out_and_not_told_of_it(tmp_path: Path, store: SqliteStore) -> None:
+    spec = spec_of("recipe.name=fedit", "run.name=single", "adapter.rank=2", "participation.minimum=3")
+    there = [node for node in NODES if node != node_of("birch")]
+    reference, _ = run(FakeGrid(spec, there=there))
+    with federation(tmp_path, *NAMES, ranks={"birch": 1}) as (hub, sites):
+        serve(hub, store, spec)
+        until(lambda: sum(site.adopted == ["single"] for site in sites) == 2)
+    assert store.snapshot("single").state.tobytes() == reference.store.snapshot("single").state.tobytes()
+    assert [row["refused"] for row in store.rows("single")[1:]] == [1, 1, 1]
+    ((node, reason),) = store.refusals("single", 3)
+    assert node == node_of("birch")
+    assert "rank 1, and this run needs rank 2" in reason
+    assert [site.adopted for site in sites if site.node == node] == [[]]
+
+
+@pytest.mark.parametrize("recipe", MIXING)
+def test_a_server_that_ends_in_the_middle_reads_what_it_has_at_the_rank_it_asked_for(
+    recipe: str, tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the restart birch, which has answered at rank 1, can afford all, and cedar, which has not, no more than 1."""
+    overrides = ("run.name=middle", "run.rounds=1", "adapter.rank=2", "participation.minimum=3")
+    spec = spec_of(f"recipe.name={recipe}", *overrides)
+    trained, failing = FakeSite.work, threading.Event()
+
+    def sometimes(self: FakeSite, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        if question.kind == pb.TRAIN and self.node == node_of("cedar") and failing.is_set():
+            raise RunError("out of memory")
+        return trained(self, question, spec, payload)
+
+    monkeypatch.setattr(FakeSite, "work", sometimes)
+    failing.set()
+    with federation(tmp_path, *NAMES, ranks={"birch": 1}) as (hub, _):
+        host = Host(hub, store)
+        host.begin([spec])
+        until(lambda: len(store.contributions("middle", 1)) == 2)
+        host.stop()
+    assert {u.node: u.rank for u in store.contributions("middle", 1)} == {node_of("amber"): 0, node_of("birch"): 1}
+    failing.clear()
+    with federation(tmp_path, *NAMES, ranks={"amber": 1, "cedar": 1}) as (hub, _):
+        serve(hub, store, spec)
+    reference, _ = run(FakeGrid(spec, there=NODES, stated={node_of("birch"): 1, node_of("cedar"): 1}))
+    assert store.snapshot("middle").state.tobytes() == reference.store.snapshot("middle").state.tobytes()
+
+
+def test_what_a_node_can_afford_is_known_when_it_is_back(tmp_path: Path) -> None:
+    """A node of an open round is waited for after a restart, because nobody else knows; one that stays away may be any."""
+    spec, told = spec_of("participation.minimum=1"), list[int]()
+    with federation(tmp_path, "amber", ranks={"amber": 3}) as (hub, _):
+        hub.limits, brief = hub.limits.model_copy(update={"absence": 60.0}), hub.limits
+        grid = LinkGrid(hub, spec)
+        until(lambda: hub.nodes() == [node_of("amber")])
+        assert grid.rank(node_of("amber")) == 3
+        asking = threading.Thread(target=lambda: told.append(grid.rank(node_of("birch"))))
+        asking.start()
+        with site(hub.port, "birch", tmp_path, rank=5):
+            asking.join()
+        assert told == [5]
+        assert grid.rank(node_of("birch")) == 5, "it has left, and what it said stands"
+        hub.limits = brief
+        assert grid.rank(node_of("cedar")) == 0
+        with site(hub.port, "birch", tmp_path, rank=2):
+            until(lambda: grid.rank(node_of("birch")) == 2)
+        stopping = threading.Event()
+        stopping.set()
+        with pytest.raises(StoppedError):
+            LinkGrid(hub, spec, stopping=stopping).rank(node_of("cedar"))

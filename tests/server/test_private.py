@@ -80,9 +80,9 @@ def test_an_empty_draw_takes_a_noised_step() -> None:
 def test_a_cohort_that_is_drawn_stays_drawn() -> None:
     grid = grid_of("recipe.name=ffa")
     store = MemoryStore()
-    draws = [Coordinator(grid.spec, grid, store)._open(1) for _ in range(20)]
+    draws = [tuple(Coordinator(grid.spec, grid, store)._open(1)) for _ in range(20)]
     assert len(set(draws)) == 1
-    fresh = {Coordinator(grid.spec, grid, MemoryStore())._open(1) for _ in range(20)}
+    fresh = {tuple(Coordinator(grid.spec, grid, MemoryStore())._open(1)) for _ in range(20)}
     assert len(fresh) > 1, "the draw is no function of the seed"
 
 

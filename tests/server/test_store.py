@@ -26,7 +26,7 @@ Place = Callable[[], str]
 LAYOUT = AdapterLayout([TensorSpec("q.lora_A.weight", (2, 3), "A"), TensorSpec("q.lora_B.weight", (4, 2), "B")])
 DESCRIPTION = Description(LAYOUT, np.linspace(0, 5, 14, dtype=np.float32), {"r": 2, "name": "ü"}, "digest")
 LARGEST_NODE = 2**64 - 1
-FIRST = Update("run", 1, 1, 5, "version", "delta", 2.5, b"\x00payload\xff", {"loss": 1.25, "steps": 3.0})
+FIRST = Update("run", 1, 1, 5, "version", "delta", 2.5, b"\x00payload\xff", {"loss": 1.25, "steps": 3.0}, rank=3)
 
 
 def state(value: float) -> Flat:

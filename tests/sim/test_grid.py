@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.server.utils.validator import validate_message
@@ -20,20 +20,23 @@ from fedapt.client.app import client_app
 from fedapt.outputs import spec_toml
 from fedapt.protocols.codecs import CODECS
 from fedapt.protocols.errors import RunError
+from fedapt.protocols.legality import rank_of
 from fedapt.protocols.records import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
     assignment_to_records,
     description_from_records,
+    rank_to_records,
     update_from_records,
 )
+from fedapt.protocols.records import message as message_of
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update, version_of
 from fedapt.server import app as server
 from fedapt.server.app import server_app
 from fedapt.server.coordinator import Coordinator
-from fedapt.server.grid import Failure, FlowerGrid, NodeGrid, read_reply
+from fedapt.server.grid import Failure, FlowerGrid, NodeGrid, read_rank, read_reply
 from fedapt.server.store import MemoryStore
 from fedapt.sim.federation import Federation, build
 from fedapt.sim.grid import PORTION, LocalGrid
@@ -158,6 +161,22 @@ def test_the_final_adapter_is_the_same(spec: RunSpec, overrides: list[str]) -> N
         finals.append((coordinator.adapter().tobytes(), rows))
     assert finals[0] == finals[1]
     assert finals[0][0] != client.start.tobytes()
+
+
+def test_a_virtual_node_states_the_rank_that_is_drawn_for_it(spec: RunSpec, federation: Federation) -> None:
+    mixed = spec.set("recipe.name=flora", "adapter.ranks=[1, 2, 4]")
+    grid = LocalGrid(federation.client.under(mixed))
+    drawn = [rank_of(mixed, node) for node in grid.nodes()]
+    assert len(set(drawn)) > 1
+    assert [grid.rank(node) for node in grid.nodes()] == drawn
+    messages = FlowerGrid(grid)
+    assert [messages.rank(node) for node in grid.nodes()] == drawn
+    assert {FlowerGrid(LocalGrid(federation.client)).rank(node) for node in grid.nodes()} == {0}
+
+
+@pytest.mark.parametrize("content", [Error(0, "no query.rank here"), RecordDict(), rank_to_records(-1)])
+def test_a_reply_without_a_rank_states_none(content: RecordDict | Error) -> None:
+    assert read_rank(message_of(content, Metadata(77, "", 5, 0, "1", "", 0.0, 60.0, "query.rank"))) == 0
 
 
 def test_a_large_round_comes_in_portions(grid: LocalGrid, federation: Federation, monkeypatch: Any) -> None:
@@ -287,3 +306,31 @@ def test_the_same_messages_suit_flowers_wire_and_its_client_app(grid: LocalGrid,
         one, other = (np.frombuffer(update.payload, np.float32) for update in (alone, expected))
         assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
     assert wire.describe().version == federation.client.describe().version
+
+
+def test_what_a_flower_node_states(federation: Federation) -> None:
+    """All nodes are asked together, once; who says nothing that can be read may be any."""
+
+    seen: list[int] = []
+
+    class Counting(Wire):
+        def push_messages(self, sent: list[Message]) -> list[str]:
+            seen.extend(message.metadata.dst_node_id for message in sent)
+            return super().push_messages(sent)
+
+    wire = Counting(replace(federation, client=federation.client.affording(2)))
+    nodes = FlowerGrid(cast(Grid, wire))
+    assert [nodes.rank(node) for node in (5, 1, 5)] == [2, 2, 2]
+    assert sorted(seen) == [1, 5]
+    (asked,) = [a for a in assignments(federation) if a.node == 5]
+    nodes.send([asked])
+    (refused,) = nodes.replies(60.0)
+    assert isinstance(refused, Update)
+    assert refused.kind == "refused"
+    assert refused.reason.endswith("this node can afford 2 (most_rank)")
+
+    class Silent(Wire):
+        def send_and_receive(self, sent: list[Message], *, timeout: float) -> list[Message]:
+            return []
+
+    assert FlowerGrid(cast(Grid, Silent(federation))).rank(1) == 0
