@@ -22,6 +22,10 @@ class Accounts:
         self._memory: dict[tuple[int, str | None], Ledger] = {}  # without a run: all of a node's
         self._files: dict[int, SiteLedger] = {}
 
+    def table(self) -> dict[tuple[int, str | None], Ledger]:
+        """What is kept in memory, by node and run (None: over all runs); empty where the ledgers are files."""
+        return self._memory
+
     def charge(self, asked: Assignment, event: Event, delta: float, *, per_run: float, in_all: float) -> None:
         """Charge a node with a round's event, under caps on ε at `delta` over the run and over all of its runs.
 

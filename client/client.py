@@ -7,6 +7,7 @@ a whole round.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Sites:
 
     examples: Examples
     indices: Mapping[int, Indices]
+
+    @cached_property
+    def nodes(self) -> list[int]:
+        """The nodes with an example, ascending: sorted once, because each round asks for them."""
+        return sorted(node for node, own in self.indices.items() if len(own) > 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Client:
 
     def nodes(self) -> list[int]:
         """The nodes whose data is held here, those without an example left out."""
-        return sorted(node for node, own in self.sites.indices.items() if len(own) > 0)
+        return list(self.sites.nodes)
 
     def describe(self) -> Description:
         """What the server must know of the model before round 1."""
@@ -203,12 +209,9 @@ class Client:
         """Every table that outlives a round, and its keys that belong to these assignments."""
         nodes: list[Any] = [asked.node for asked in assignments]
         accounts: list[Any] = [(asked.node, run) for asked in assignments for run in (asked.run, None)]
-        tables: list[tuple[dict[Any, Any], list[Any]]] = [(self.accounts._memory, accounts)]
-        if self.feedback is not None:
-            tables += [(self.feedback._residuals, nodes), (self.feedback._sent, nodes)]
-        if self.replicas is not None:
-            tables += [(self.replicas._now, nodes), (self.replicas._before, nodes)]
-        return tables
+        tables: list[tuple[dict[Any, Any], list[Any]]] = [(self.accounts.table(), accounts)]
+        keepers = (keeper for keeper in (self.feedback, self.replicas) if keeper is not None)
+        return tables + [(table, nodes) for keeper in keepers for table in keeper.tables()]
 
     def _objections(self) -> list[str]:
         pinned = self.policy.base is not None  # hashing a large base takes a minute

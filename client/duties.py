@@ -85,13 +85,15 @@ class Duties:
 
     def question(self, question: pb.Question) -> None:
         """Do what is asked, once its blobs are here."""
+        if question.id in self._started:  # also where it was withdrawn meanwhile: its result is wanted after all
+            self._open[question.id] = question
+            return
         found = self.kept.find(question.id)
         if found is not None:
             self._put(pb.Up(result=found[0]))
             return
         self._open[question.id] = question
-        if question.id not in self._started:
-            self._begin(question)
+        self._begin(question)
 
     def chunk(self, chunk: pb.Chunk) -> None:
         assembly = self._arriving.get(chunk.sha256)
@@ -203,9 +205,9 @@ class Duties:
         except FedaptError as error:
             logger.warning("%s: %s", self.state, error)
             result, answer = _failed(question, str(error)), b""
-        except Exception as error:  # a resident process outlives a fault in one round, and says what it was
+        except Exception as error:  # a resident process outlives it; what it was may name rows and paths of this site
             logger.exception("%s failed", self.state)
-            result, answer = _failed(question, f"{type(error).__name__}: {error}"), b""
+            result, answer = _failed(question, f"{type(error).__name__} at this site"), b""
         self.state = "idle"
         try:
             self.kept.keep(result, answer)
@@ -238,8 +240,12 @@ class Duties:
         self._put(pb.Up(want=pb.Want(sha256=assembly.sha256, offset=assembly.have)))
 
     def _put(self, frame: pb.Up) -> None:
-        if self._outbox is not None:
+        if self._outbox is None:
+            return
+        try:
             self._outbox.put(frame.SerializeToString())
+        except OverflowError:  # the stream ends with its next beat; the work goes on
+            self._outbox = None
 
 
 def _failed(question: pb.Question, reason: str) -> pb.Result:

@@ -43,6 +43,10 @@ class Feedback:
         self._residuals: dict[int, Flat] = {}
         self._sent: dict[int, tuple[tuple[str, int], Flat | None]] = {}
 
+    def tables(self) -> tuple[dict[int, Any], ...]:
+        """All that is kept from round to round, each by node: whoever moves nodes elsewhere takes their entries along."""
+        return self._residuals, self._sent
+
     def encode(self, asked: Assignment, change: Flat, rotations: Rotations, codec: Codec, key: int) -> bytes:
         """The payload of a node's round; what the codec leaves out is kept for the next.
 

@@ -186,7 +186,7 @@ class Link:
                 case "renewed" if self.renewal is not None:
                     await self._renewed(self.renewal, frame.renewed.chain)
                 case "bye":
-                    self._wait = max(0.0, frame.bye.after_seconds)
+                    self._wait = frame.bye.after_seconds
                     raise PayloadError(f"the server takes its leave: {frame.bye.reason}")
 
     async def _read(self, stream: Stream) -> pb.Down | None:

@@ -57,6 +57,10 @@ class Replicas:
         self._now: dict[int, Replica] = {}
         self._before: dict[int, Replica] = {}
 
+    def tables(self) -> tuple[dict[int, Replica], ...]:
+        """All that is kept from round to round, each by node: whoever moves nodes elsewhere takes their entries along."""
+        return self._now, self._before
+
     def arrive(self, asked: Assignment, received: Flat) -> Replica:
         """The node's standing at the start of a round; `received` is fp32 over `shared.delivered(asked.round)`.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..protocols import link
 from ..protocols import link_pb2 as pb
 from ..protocols.blobs import digest
-from ..protocols.errors import DataError, FedaptError, ModelError, PayloadError, PrivacyError, RunError, SpecError
+from ..protocols.errors import FedaptError, PayloadError, PrivacyError, RunError, SpecError
 from ..protocols.exchange import Answer, Exchange
 from ..protocols.layout import Flat
 from ..protocols.legality import recipe_of
@@ -36,7 +36,13 @@ logger = logging.getLogger(__name__)
 Save = Callable[[Path, Description, Flat], None]
 """Writes an adapter as a folder that peft loads: the facade brings it, because the server's layer has it."""
 
+MOST_EXCHANGERS = 16
+"""Runs of zeroth order at once: each holds an adapter, and a server can name runs without end."""
+
 ACCOUNTS, ADAPTERS, HALFWAY, RESULTS = "accounts", "adapters", "halfway.safetensors", "results"
+
+TOLD = (SpecError, PayloadError, PrivacyError)
+"""What the server may read: the texts of other errors name files, rows and values of this site."""
 
 Result = tuple[pb.Result, bytes]
 
@@ -70,11 +76,11 @@ class Resident:
         self.status.doing(f"{kind} {question.run} round {question.round}")
         try:
             return self._answer(question, read_spec(spec, question.run), payload)
-        except (DataError, ModelError) as error:
+        except TOLD:
+            raise
+        except FedaptError as error:
             logger.error("%s, run %s: %s", kind, question.run, error)
             raise RunError(f"{type(error).__name__} at this site, which its operator finds in its log") from None
-        except FedaptError:
-            raise
         except Exception as error:
             logger.exception("%s, run %s", kind, question.run)
             raise RunError(f"{type(error).__name__} at this site, which its operator finds in its log") from None
@@ -168,9 +174,10 @@ class Resident:
     def _meet(self, spec: RunSpec) -> None:
         """Be ready for the exchanges of a run: a refusal of the site's policy is an answer to each."""
         client = self._allowed(spec).client
-        known = self._exchangers.get(spec.run.name)
-        if known is None:
+        if spec.run.name not in self._exchangers:
             self._exchangers[spec.run.name] = exchanger_of(client)
+        if len(self._exchangers) > MOST_EXCHANGERS:  # asked again, the oldest says that it is lost
+            del self._exchangers[next(iter(self._exchangers))]
 
     def _allowed(self, spec: RunSpec) -> Loaded:
         """The client of a spec. Raises PrivacyError, if it can without loading a model, where the policy objects."""

@@ -52,6 +52,7 @@ async def _serve(resident: Resident, once: bool, backoff: Backoff | None) -> Non
     def interrupted() -> None:
         for number in SIGNALS:  # a second one ends the process as it would end any other
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # and not Python's, which would wait for the work's thread
         leave("this node was stopped")
 
     duties = Duties(resident, Kept(folder / RESULTS), resting=resting, closed=closed)

@@ -149,6 +149,10 @@ class Site(Section):
     def load(cls, folder: Path) -> Self:
         """The site in `folder`. Raises SpecError naming file, key, value and way out."""
         path = folder / NAME
+        if folder.is_dir() and not path.exists():
+            raise SpecError(
+                f"{path}: no such file; `fedapt client join TOKEN` writes it, and --folder says where it is"
+            )
         policy = Policy.load(path)  # it says what is wrong with the file as a whole
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         return cls.check({**raw, "policy": policy}, where=str(path))._resolved(folder.absolute())

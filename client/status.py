@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 from ..protocols.errors import OutputError, RunError
 
+logger = logging.getLogger(__name__)
+
 STATUS, LOCK, PAUSE = "status.json", "lock", "paused"
 
 ROUNDS = 10
@@ -19,7 +22,10 @@ ROUNDS = 10
 
 
 class Status:
-    """The file, written whole at each change. Safe in several threads."""
+    """The file, written whole at each change. Safe in several threads.
+
+    Where the disk is full nobody is told, and the training goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / STATUS
@@ -47,8 +53,11 @@ class Status:
 
     def _write(self) -> None:
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self._facts, indent=2), encoding="utf-8")
-        new.replace(self.path)
+        try:
+            new.write_text(json.dumps(self._facts, indent=2), encoding="utf-8")
+            new.replace(self.path)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s)", self.path, error.strerror)
 
 
 @contextmanager
@@ -67,12 +76,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def is_served(folder: Path) -> bool:
-    """Whether a process serves the folder now."""
+    """Whether a process serves the folder now. Raises OutputError."""
     try:
         with (folder / LOCK).open("r") as file:
             return not _locked(file.fileno())
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise OutputError(f"{folder / LOCK}: cannot be read ({error.strerror})") from None
 
 
 def pause(folder: Path) -> None:
@@ -84,10 +95,14 @@ def pause(folder: Path) -> None:
 
 
 def resume(folder: Path) -> bool:
-    """Whether it was paused."""
-    was = is_paused(folder)
-    (folder / PAUSE).unlink(missing_ok=True)
-    return was
+    """Whether it was paused. Raises OutputError."""
+    try:
+        (folder / PAUSE).unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise OutputError(f"{folder / PAUSE}: cannot be removed ({error.strerror})") from None
+    return True
 
 
 def is_paused(folder: Path) -> bool:
@@ -95,11 +110,13 @@ def is_paused(folder: Path) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What the file says; empty where nobody has served the folder yet."""
+    """What the file says; empty where nobody has served the folder yet. Raises OutputError."""
     try:
         found = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+    except OSError as error:
+        raise OutputError(f"{folder / STATUS}: cannot be read ({error.strerror})") from None
     return found if isinstance(found, dict) else {}
 
 

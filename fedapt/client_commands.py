@@ -137,13 +137,20 @@ def _rehearse(site: Any, path: Path | None, as_json: bool) -> None:
 
 
 def _token(given: str) -> str:
-    if given == "-":
-        return sys.stdin.read()
     try:
-        is_file = Path(given).is_file()
+        is_file = given == "-" or Path(given).is_file()
     except OSError:  # a token is longer than a file's name may be
         is_file = False
-    return Path(given).read_text(encoding="utf-8") if is_file else given
+    if not is_file and not given.strip().startswith("fedapt"):
+        raise SpecError("TOKEN: neither a token, which begins with fedapt, nor a file that is there")
+    if not is_file:
+        return given
+    try:
+        return sys.stdin.read() if given == "-" else Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SpecError(f"{given}: is no text, so it holds no token") from None
+    except OSError as error:
+        raise SpecError(f"{given}: cannot be read ({error.strerror})") from None
 
 
 def _makes(folder: Path) -> None:

@@ -42,7 +42,10 @@ def replay(path: Path, run: str | None = None) -> Replayed:
 
     Raises DataError where there is no such run or it is not of zeroth order, RunError where the log is broken.
     """
-    store = open_store(str(path / STORE if path.is_dir() else path))
+    file = path / STORE if path.is_dir() else path
+    if not file.is_file():  # opening it would make one
+        raise DataError(f"{file}: no such file; name a run's folder, or a server's store")
+    store = open_store(str(file))
     try:
         return _replayed(store, run or _only(store, path))
     finally:

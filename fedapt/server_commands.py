@@ -127,7 +127,9 @@ def node_list(folder: Folder = HERE, as_json: Json = False) -> None:
 
 
 @nodes.command("revoke", epilog="Example: fedapt node revoke 1311768467463790320")
-def node_revoke(node: Annotated[int, typer.Argument(metavar="ID", min=0)], folder: Folder = HERE) -> None:
+def node_revoke(
+    node: Annotated[int, typer.Argument(metavar="ID", min=0, max=2**64 - 1)], folder: Folder = HERE
+) -> None:
     """Shut a node out for good: a stream that it has open is closed within a second."""
     from .serving import Place
 

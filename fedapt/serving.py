@@ -78,7 +78,8 @@ def init(folder: Path, names: Sequence[str], port: int, own: Path | None = None)
         raise OutputError(f"{error.filename}: {error.strerror}") from None
     authority = Authority.create(folder / CERTIFICATES, names, pair)
     host = f"[{names[0]}]" if ":" in names[0] else names[0]
-    settings = write_settings(folder, f"{host}:{port}", f"0.0.0.0:{port}")
+    everywhere = "[::]" if ":" in names[0] else "0.0.0.0"
+    settings = write_settings(folder, f"{host}:{port}", f"{everywhere}:{port}")
     return {
         "folder": str(folder),
         "settings": str(settings),
@@ -100,9 +101,12 @@ def parse_lifetime(text: str) -> timedelta:
     """`30m`, `24h` or `7d`. Raises SpecError for anything else."""
     units = {"m": "minutes", "h": "hours", "d": "days"}
     number, unit = text[:-1], text[-1:]
-    if unit not in units or not number.isdecimal() or int(number) == 0:
+    if unit not in units or not number.isdecimal() or not number.strip("0"):
         raise SpecError(f"a lifetime of {text!r}: write a number and m, h or d, as in 24h")
-    return timedelta(**{units[unit]: int(number)})
+    try:
+        return timedelta(**{units[unit]: int(number)})
+    except (OverflowError, ValueError):  # or more digits than Python reads
+        raise SpecError(f"a lifetime of {len(number)} digits: no certificate lasts so long") from None
 
 
 def token_rows(place: Place) -> list[dict[str, Any]]:
@@ -180,6 +184,8 @@ def serve(
     from .server.hosting import Host
 
     log_to(sys.stderr, as_json=json_lines)
+    if settings and not specs:
+        raise SpecError("--set changes the specs that are named, and none is: a run that is stored keeps its own")
     checked = [RunSpec.load(path, settings) for path in specs]
     for spec in checked:
         recipe_of(spec)
@@ -235,6 +241,7 @@ def _hooks(spec: "RunSpec", runs: Path, evaluate: bool) -> "Hooks":
     """A run's folder is written as it goes; its adapter and report, when it has ended."""
     from .outputs import RunFolder
     from .server.coordinator import Coordinator
+    from .server.exchanges import ZerothCoordinator
     from .server.hosting import Hooks
 
     folder = RunFolder(runs / spec.run.name)
@@ -244,7 +251,7 @@ def _hooks(spec: "RunSpec", runs: Path, evaluate: bool) -> "Hooks":
 
         evaluation = build(spec).evaluate
 
-    def began(coordinator: Coordinator) -> None:
+    def began(coordinator: Coordinator | ZerothCoordinator) -> None:
         folder.begin(spec, coordinator.store.rows(spec.run.name))
 
     def row(new: Mapping[str, Any]) -> None:
@@ -254,7 +261,7 @@ def _hooks(spec: "RunSpec", runs: Path, evaluate: bool) -> "Hooks":
             "run %s round %d: %s", spec.run.name, new["round"], json.dumps(facts | dict(new.get("evaluation", {})))
         )
 
-    def ended(coordinator: Coordinator) -> None:
+    def ended(coordinator: Coordinator | ZerothCoordinator) -> None:
         _write_results(spec, folder, coordinator)
         logger.info("run %s has ended: %s", spec.run.name, folder.adapter)
 

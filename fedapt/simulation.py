@@ -98,7 +98,8 @@ def run(
     """Simulate a spec. With `out`, everything is written there, and a run that was interrupted goes on.
 
     With more than one of `workers` (0: one a core) as many processes train the clients: here, or with `engine = "ray"`
-    on the Ray cluster that this process is part of. The result is the same to the byte.
+    on the Ray cluster that this process is part of. The result is the same to the byte, as far as torch's matmuls are
+    the same for its number of threads, which workers share.
     On Ctrl-C the result so far is returned (`outcome.complete` is False).
     """
     watch = watch or Silent()

@@ -1,7 +1,7 @@
 """Low-rank algebra: sums of products `B·A` that stay factored, truncated by QR and a small SVD, or by iteration.
 
-No `out × in` matrix is ever formed: with R columns in all, everything is `O((out + in)·R²)` (NumPy and LAPACK, no
-torch, because the server runs this). The plain references at the end of the file form the dense matrix; the tests
+No `out × in` matrix is formed unless it is smaller than `R × R`: with R columns in all, everything is `O((out + in)·R²)`
+(NumPy and LAPACK, no torch, because the server runs this). The plain references at the end of the file form the dense matrix; the tests
 hold each function equal to its reference.
 
 | here      | papers        | meaning                                             | shape     |
@@ -45,8 +45,10 @@ class LowRank:
         """Frobenius norm of `b @ a`, in float64.
 
         Of many stacked terms it is taken from the two Gram matrices, several times faster than by QR: where terms cancel,
-        rounding then leaves 1e-8 of the largest.
+        rounding then leaves 1e-8 of the largest. With more columns than the matrix has it is the matrix' own.
         """
+        if self._is_small():
+            return float(np.linalg.norm(self._dense()))
         b, a = self.b.astype(np.float64), self.a.astype(np.float64)
         if self.rank > MANY:
             return _norm_of(b.T @ b, a @ a.T)
@@ -54,13 +56,24 @@ class LowRank:
 
     def norm_and_distance(self, other: "LowRank") -> tuple[float, float]:
         """`‖self‖` and `‖self − other‖`, of many stacked terms from one pair of Gram matrices; see `norm`."""
+        if self._is_small():
+            own = self._dense()
+            return float(np.linalg.norm(own)), float(np.linalg.norm(own - other._dense()))
         if self.rank <= MANY:
             return self.norm(), self.minus(other).norm()
         difference = self.minus(other)
         b, a = difference.b.astype(np.float64), difference.a.astype(np.float64)
         gram_b, gram_a = b.T @ b, a @ a.T
-        own = slice(self.rank)
-        return _norm_of(gram_b[own, own], gram_a[own, own]), _norm_of(gram_b, gram_a)
+        first = slice(self.rank)
+        return _norm_of(gram_b[first, first], gram_a[first, first]), _norm_of(gram_b, gram_a)
+
+    def _is_small(self) -> bool:
+        """Whether the matrix is no larger than a Gram matrix of its many columns: tiny modules, many nodes."""
+        return self.rank > MANY and self.rank >= max(self.b.shape[0], self.a.shape[1])
+
+    def _dense(self) -> Matrix:
+        """The (out, in) matrix, float64."""
+        return np.asarray(self.b.astype(np.float64) @ self.a.astype(np.float64))
 
     def singular_values(self) -> Matrix:
         """The min(R, out, in) largest singular values of `b @ a`, falling; float64."""

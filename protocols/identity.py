@@ -85,10 +85,14 @@ def is_due(certificate: x509.Certificate, now: datetime) -> bool:
 def write_secret(file: Path, content: bytes) -> None:
     """Replace a file in one moment, and on the disk; its owner alone can read it (0600). Raises OSError."""
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as new:
-        new.write(content)
-        new.flush()
-        os.fsync(new.fileno())
-    Path(new.name).replace(file)
+        try:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+            Path(new.name).replace(file)
+        except BaseException:  # a disk that is full must not be filled with what was tried
+            Path(new.name).unlink(missing_ok=True)
+            raise
 
 
 def checked_name(name: str) -> str:

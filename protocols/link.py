@@ -42,6 +42,9 @@ DIGEST_BYTES, QUESTION_BYTES = 32, 16
 MOST_BODY = 64 << 10
 """Bytes of a zeroth-order frame."""
 
+MOST_AFTER = 3600.0
+"""Seconds for which a server may send a node away."""
+
 Frame = TypeVar("Frame", pb.Up, pb.Down)
 
 NAME_KEY = "fedapt-name"
@@ -193,7 +196,9 @@ def read_down(raw: bytes) -> pb.Down | None:
             _body(frame.exchange.body)
         case "renewed":
             _body(frame.renewed.chain)
-        case "beat" | "bye":
+        case "bye":
+            _bye(frame.bye)
+        case "beat":
             pass
         case _:
             return None
@@ -239,6 +244,12 @@ def _question(asked: pb.Question) -> None:
     _blob(asked.spec)
     _blob(asked.payload)
     _rank(asked.rank)
+
+
+def _bye(bye: pb.Bye) -> None:
+    _reason(bye.reason)
+    if not 0 <= bye.after_seconds <= MOST_AFTER:
+        raise PayloadError(f"a leave of {bye.after_seconds} s; at most {MOST_AFTER:g}")
 
 
 def _blob(named: pb.Blob) -> None:

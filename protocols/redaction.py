@@ -95,7 +95,9 @@ def _message(record: logging.LogRecord) -> str:
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """What the caller added. Whatever is no number becomes text, because only text can be redacted."""
-    added = {name: value for name, value in vars(record).items() if name not in _OF_EACH_RECORD}
+    # Libraries that patch logging (Ray's does) mark what they add to each record with an underscore.
+    names = [name for name in vars(record) if name not in _OF_EACH_RECORD and not name.startswith("_")]
+    added = {name: getattr(record, name) for name in names}
     return {
         name: value if value is None or type(value) in (bool, int) else _shown(value) for name, value in added.items()
     }

@@ -28,7 +28,7 @@ def server_app(store: Store | None = None, evaluate: Evaluate | None = None) -> 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         spec = spec_from_context(context)
-        nodes = grid if isinstance(grid, NodeGrid) else FlowerGrid(grid)
+        nodes = grid if isinstance(grid, NodeGrid) else FlowerGrid(grid, minimum=max(1, spec.participation.minimum))
         kind = ZerothCoordinator if recipe_of(spec).zeroth else Coordinator
         coordinator = kind(spec, nodes, store or MemoryStore(), evaluate=evaluate)
         for row in coordinator.rounds():

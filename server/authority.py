@@ -335,7 +335,12 @@ def _checked_names(names: Sequence[str]) -> Sequence[str]:
     if not names:
         raise TrustError("a server needs a DNS name or an IP address, by which sites reach it")
     for name in names:
-        checked_address(f"[{name}]:1" if ":" in name else f"{name}:1")
+        try:
+            checked_address(f"[{name}]:1" if ":" in name else f"{name}:1")
+        except TrustError:
+            raise TrustError(
+                f"name {name!r}: write a DNS name (in ASCII) or an IP address, as in fl.example.org or 2001:db8::1"
+            ) from None
     return names
 
 

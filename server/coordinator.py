@@ -111,10 +111,7 @@ class Coordinator:
         found = self.store.find(self.run)
         if found is not None:
             spec, description = found
-            stored = RunSpec.model_validate_json(spec)
-            run = stored.run.model_copy(update=self.spec.run.model_dump(include=CHANGEABLE))
-            if stored.model_copy(update={"run": run}) != self.spec:
-                raise SpecError(f'run "{self.run}" exists with another spec; give this one a name of its own')
+            require_same(spec, self.spec)
             return description
         description = self.grid.describe()
         state = self._shared(description).initial_state()
@@ -340,6 +337,14 @@ class Coordinator:
         if best is None or patience == 0:
             return False
         return sum("evaluation" in row for row in rows[best + 1 :]) >= patience
+
+
+def require_same(stored: str, spec: RunSpec) -> None:
+    """Raises SpecError where a run goes on with a spec that is not its own, but for what is CHANGEABLE."""
+    before = RunSpec.model_validate_json(stored)
+    run = before.run.model_copy(update=spec.run.model_dump(include=CHANGEABLE))
+    if before.model_copy(update={"run": run}) != spec:
+        raise SpecError(f'run "{spec.run.name}" exists with another spec; give this one a name of its own')
 
 
 def best_round(rows: Sequence[Row]) -> int | None:

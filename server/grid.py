@@ -73,14 +73,14 @@ class NodeGrid(Protocol):
 class FlowerGrid:
     """Any Flower grid (SuperLink, Flower's simulation) as a NodeGrid."""
 
-    def __init__(self, grid: Grid, wait_seconds: float = 60.0) -> None:
-        self.grid, self.wait_seconds = grid, wait_seconds
+    def __init__(self, grid: Grid, wait_seconds: float = 60.0, minimum: int = 1) -> None:
+        self.grid, self.wait_seconds, self.minimum = grid, wait_seconds, minimum
         self._pending: list[str] = []
         self._ranks: dict[int, int] = {}
 
     def nodes(self) -> list[int]:
         deadline = time.monotonic() + self.wait_seconds
-        while not (found := sorted(self.grid.get_node_ids())) and time.monotonic() < deadline:
+        while len(found := sorted(self.grid.get_node_ids())) < self.minimum and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return found
 

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from sqlalchemy.exc import OperationalError
+
 from ..protocols.errors import FedaptError, RunError
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
-from .coordinator import Coordinator, Evaluate
+from .coordinator import Coordinator, Evaluate, require_same
 from .exchanges import ZerothCoordinator
 from .link.grid import LinkGrid
-from .link.hub import Hub
+from .link.hub import OWN_FAULT, Hub
 from .link.stopped import StoppedError
 from .store import Row, Status, Store
 
@@ -75,9 +77,13 @@ class HostedRun:
                 logger.error("run %s failed: %s", name, error)
                 self._set("failed", str(error))
                 return
+            except OperationalError as error:
+                logger.warning("run %s: the store cannot be used: %s", name, error.orig)
+                if self.stopping.wait(RETRY_SECONDS):
+                    return
             except Exception:  # the other runs go on, and this one says what it was
                 logger.exception("run %s failed", name)
-                self._set("failed", "an error in the server: see its log")
+                self._set("failed", OWN_FAULT)
                 return
 
     def _run(self) -> None:
@@ -107,16 +113,22 @@ class Host:
 
     def begin(self, specs: Iterable[RunSpec]) -> None:
         """Serve these, also where they were stopped before. Raises SpecError where one's name has another spec."""
-        for spec in specs:
-            name = spec.run.name
-            if self.store.find(name) is not None:
-                self.store.set_status(name, "running")
-            self._hosted[name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))
+        known = [(spec, self.store.find(spec.run.name)) for spec in specs]
+        for spec, found in known:
+            if found is not None:
+                require_same(found[0], spec)
+        for spec, found in known:
+            if found is not None:
+                self.store.set_status(spec.run.name, "running")
+            self._hosted[spec.run.name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))
 
     def serve(self, stopping: threading.Event, *, until_done: bool = False) -> None:
         """Follow what the store says of each run until `stopping` is set, or, with `until_done`, until none is left."""
         while not stopping.is_set():
-            self._follow()
+            try:
+                self._follow()
+            except OperationalError as error:  # a database that is away for a moment must not end the server
+                logger.warning("the store cannot be used: %s", error.orig)
             if until_done and not any(run.alive for run in self._hosted.values()):
                 return
             stopping.wait(LOOK_SECONDS)
@@ -147,5 +159,9 @@ class Host:
         found = self.store.find(name)
         assert found is not None
         logger.info("run %s goes on", name)
-        spec = RunSpec.model_validate_json(found[0])
-        self._hosted[name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))
+        try:
+            spec = RunSpec.model_validate_json(found[0])
+            self._hosted[name] = HostedRun(spec, self.hub, self.store, self.hooks(spec))
+        except Exception as error:  # the other runs go on
+            logger.exception("run %s cannot go on", name)
+            self.store.set_status(name, "failed", str(error) if isinstance(error, FedaptError) else OWN_FAULT)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..protocols.keys import derive, generator
 from ..protocols.spec import Participation
 
@@ -15,7 +17,7 @@ def draw(nodes: Sequence[int], participation: Participation, seed: int, round_: 
     """
     everybody = sorted(nodes)
     random = generator(derive(seed, "participation", round_))
-    order = [everybody[i] for i in random.permutation(len(everybody))]
+    order = random.permutation(len(everybody))
     match participation.sampling:
         case "all":
             chosen = len(everybody)
@@ -23,7 +25,8 @@ def draw(nodes: Sequence[int], participation: Participation, seed: int, round_: 
             chosen = with_spare(cohort_size(len(everybody), participation), participation)
         case "poisson":
             chosen = int(random.binomial(len(everybody), participation.rate))
-    return tuple(sorted(order[: max(chosen, min(participation.minimum, len(everybody)))]))
+    first = order[: max(chosen, min(participation.minimum, len(everybody)))]
+    return tuple(everybody[i] for i in np.sort(first))
 
 
 def with_spare(size: int, participation: Participation) -> int:

@@ -92,6 +92,11 @@ class RecipeStrategy(FedAvg):
     def __init__(self, spec: RunSpec, **options: Any) -> None:
         super().__init__(**options)
         self.recipe, self.spec = recipe_of(spec), spec
+        if self.recipe.zeroth:
+            raise SpecError(
+                f'recipe.name = "{self.recipe.name}" exchanges codes, which a stock client does not know. '
+                'Nearest legal: "fedsvd", or fedapt\'s own simulator and link.'
+            )
         if self.recipe.has_frozen:
             nearest = "flora" if self.recipe.residual == "frozen" else "fedsvd"
             raise SpecError(

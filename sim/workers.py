@@ -28,7 +28,8 @@ from ..client.client import Client, Kept
 from ..protocols.errors import FedaptError, RunError
 from ..protocols.legality import rank_of
 from ..protocols.update import Assignment, Description, Update
-from .grid import portions
+from ..server.grid import Evaluated
+from .grid import LocalGrid, portions
 from .image import Bytes, Image, image
 
 
@@ -86,6 +87,10 @@ class WorkerGrid:
         for portion, (updates, kept) in zip(work, self.pool.train(work), strict=True):
             self.client.keep(portion.assignments, kept)
             yield from updates
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated]:
+        """In this process: evaluation is a small part of a round."""
+        return LocalGrid(self.client).evaluate(assignments, timeout)
 
 
 def cores() -> int:

@@ -74,7 +74,8 @@ class Desk:
     def leave(self, outbox: Outbox) -> None:
         """A stream has ended; another may have taken its place before."""
         if self._outbox is outbox:
-            self._outbox, self._left = None, time.monotonic()
+            self._left = time.monotonic()  # first: other threads read `absence`
+            self._outbox = None
             self._cut_off()
 
     def ask(self, asked: Asked) -> None:

@@ -13,6 +13,7 @@ from ...protocols.errors import PayloadError, RunError
 from ...protocols.exchange import Answer, Exchange
 from ...protocols.spec import RunSpec
 from ...protocols.update import Assignment, Description, Update
+from ..admission import MAX_WEIGHT
 from ..grid import Evaluated, Failure
 from .desk import Answered, Asked
 from .exchanging import Exchanges
@@ -90,10 +91,13 @@ class LinkGrid(MessageGrid):
         self._withdraw("the round is over")
         self._ask(pb.EVALUATE, assignments)
         for answer in self._answers(timeout):
+            weight = answer.result.weight
             if answer.result.kind == link.FAILED:
                 yield Failure(answer.node, answer.result.reason)
+            elif not 0 <= weight <= MAX_WEIGHT:  # one node would be the mean, or make it infinite
+                yield Failure(answer.node, f"weight {weight} is not in 0 … {MAX_WEIGHT:g}")
             else:
-                yield Evaluated(answer.node, answer.result.weight, link.metrics(answer.result))
+                yield Evaluated(answer.node, weight, link.metrics(answer.result))
         self._withdraw("the round is over")
 
     def exchange(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer | Failure]:

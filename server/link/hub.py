@@ -22,6 +22,7 @@ from .desk import Asked, Desk
 from .door import Door
 from .limits import Limits
 from .session import Session
+from .stopped import StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,13 @@ BROKEN = (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError
 
 STOP_SECONDS = 2.0
 
+OWN_FAULT = "an error in the server, which its operator finds in its log"
+
 
 class Hub:
     """Listens at `address` from `start` to `stop`. Its methods may be called from any thread.
+
+    Those that ask or answer raise StoppedError after `stop`.
 
     `credentials` None is plaintext, which is refused but on a loopback address. Raises OutputError where the port cannot be had.
     """
@@ -48,7 +53,7 @@ class Hub:
         self.limits = limits or Limits()
         self.port = 0
         self._desks: dict[int, Desk] = {}
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[Session, None] = {}  # the oldest first
         self._streams: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
@@ -84,7 +89,8 @@ class Hub:
 
     def absence(self, node: int) -> float:
         """Seconds since a node was last here; 0 while it is."""
-        return float(self._call(lambda: self._desk(node).absence))
+        desk = self._desks.get(node)
+        return 0.0 if desk is None else desk.absence
 
     def rank(self, node: int) -> int | None:
         """The largest rank that a node said it can afford (0: any); None where it was not here since the start."""
@@ -98,7 +104,7 @@ class Hub:
             for asked in questions:
                 self._desk(asked.node).ask(asked)
 
-        self._loop.call_soon_threadsafe(ask)
+        self._soon(ask)
 
     def close(self, node: int, questions: Iterable[bytes], reason: str = "") -> None:
         """The questions are dealt with: the node may forget them."""
@@ -107,7 +113,7 @@ class Hub:
             for question in questions:
                 self._desk(node).close(question, reason)
 
-        self._loop.call_soon_threadsafe(close)
+        self._soon(close)
 
     def exchange(self, frames: Sequence[tuple[int, bytes]], deliver: Callable[[int, bytes | None], None]) -> None:
         """Send zeroth-order frames to their nodes; `deliver` gets each one's answer in the link's thread, or None."""
@@ -116,15 +122,14 @@ class Hub:
             for node, body in frames:
                 self._desk(node).exchange(body, partial(deliver, node))
 
-        self._loop.call_soon_threadsafe(send)
+        self._soon(send)
 
-    def _call(self, function: Callable[[], Any]) -> Any:
-        """The function's result, computed in the link's thread."""
-
-        async def run() -> Any:
-            return function()
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+    def _soon(self, function: Callable[[], None]) -> None:
+        """Call it in the link's thread, without waiting for it."""
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed
+            raise StoppedError from None
 
     def _desk(self, node: int) -> Desk:
         if node not in self._desks:
@@ -149,7 +154,7 @@ class Hub:
         watching = asyncio.ensure_future(self._revoking())
         bye = await self._stopping
         watching.cancel()
-        for session in list(self._sessions.values()):
+        for session in list(self._sessions):
             session.close(pb.Down(bye=bye))
         await server.stop(STOP_SECONDS)
 
@@ -157,6 +162,7 @@ class Hub:
         return [
             ("grpc.max_receive_message_length", link.FRAME_BYTES),
             ("grpc.server_handshake_timeout_ms", int(1000 * self.limits.connections_handshake)),
+            ("grpc.max_connection_idle_ms", int(1000 * self.limits.silence)),  # idle: without a stream
             ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not take half of the nodes
             ("grpc.max_metadata_size", 16 << 10),
         ]
@@ -176,6 +182,9 @@ class Hub:
         except (PayloadError, ValueError) as error:
             logger.warning("a join was refused: %s", error)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error)[:500])
+        except Exception:  # gRPC would tell the peer what it says
+            logger.exception("a join failed")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, OWN_FAULT)
         return pb.JoinReply(chain=chain, name=name).SerializeToString()
 
     async def _open(self, _requests: Any, context: Context) -> None:
@@ -187,6 +196,9 @@ class Hub:
             await self._reject(context, str(error) or f"silent for {self.limits.silence:g} s", final=False)
         except BROKEN:
             pass
+        except Exception:  # gRPC would tell the peer what it says
+            logger.exception("a stream from %s failed", address)
+            await self._reject(context, OWN_FAULT, final=False)
         finally:
             self._streams[address] -= 1
             if not self._streams[address]:
@@ -198,22 +210,22 @@ class Hub:
             raise PayloadError(f"more than {self.limits.streams_per_address} streams from {address}")
         peer = self.door.identify(context)
         session = self._session(peer, context)
-        before = self._sessions.get(peer.node)
-        # Registered before the door is asked: a revocation meets the stream there or here, and never in between.
-        self._sessions[peer.node] = session
+        before = [other for other in self._sessions if other.peer.node == peer.node]
+        # Registered before the door is asked: a revocation meets the stream there or here, and never in between. The
+        # older ones stay registered until they have ended: this one may never be admitted.
+        self._sessions[session] = None
         try:
             refusal = await asyncio.to_thread(self.door.refusal, peer)
             if refusal is not None:
                 logger.warning("node %d is refused: %s", peer.node, refusal)
                 await self._reject(context, refusal, final=True)
                 return
-            if before is not None:  # the node lost that stream and this end has not noticed yet
-                before.close(pb.Down(bye=pb.Bye(reason="another stream of this node was opened")))
+            for other in before:  # the node lost that stream and this end has not noticed yet
+                other.close(pb.Down(bye=pb.Bye(reason="another stream of this node was opened")))
             await asyncio.to_thread(self.door.enter, peer)
-            await session.run()
+            await session.run(self._desk(peer.node))
         finally:
-            if self._sessions.get(peer.node) is session:
-                del self._sessions[peer.node]
+            del self._sessions[session]
 
     def _session(self, peer: Peer, context: Context) -> Session:
         async def read() -> bytes | None:
@@ -223,8 +235,7 @@ class Hub:
         async def renew(peer: Any, csr: bytes) -> bytes:
             return await asyncio.to_thread(self.door.renew, peer, csr)
 
-        desk = self._desk(peer.node)
-        return Session(peer, desk, self.limits, read=read, write=context.write, renew=renew)
+        return Session(peer, self.limits, read=read, write=context.write, renew=renew)
 
     async def _reject(self, context: Context, reason: str, *, final: bool) -> None:
         """Say why, unless the peer does not read that either."""
@@ -246,7 +257,7 @@ class Hub:
             await asyncio.sleep(self.limits.revocation_poll)
 
     async def _let_go(self) -> None:
-        for session in list(self._sessions.values()):
+        for session in list(self._sessions):
             refusal = await asyncio.to_thread(self.door.refusal, session.peer)
             if refusal is not None:
                 logger.warning("node %d is let go: %s", session.peer.node, refusal)

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,6 +17,9 @@ from .limits import Limits
 
 logger = logging.getLogger(__name__)
 
+RENEWAL_SECONDS = 600.0
+"""The least time between two renewals over one stream; honest nodes ask once an hour."""
+
 Read = Callable[[], Awaitable[bytes | None]]
 Write = Callable[[bytes], Awaitable[None]]
 Renew = Callable[[Peer, bytes], Awaitable[bytes]]
@@ -23,20 +28,21 @@ Renew = Callable[[Peer, bytes], Awaitable[bytes]]
 class Session:
     """A node's stream from its Hello on. It ends with the stream, with `close`, or when the node falls silent."""
 
-    def __init__(self, peer: Peer, desk: Desk, limits: Limits, *, read: Read, write: Write, renew: Renew) -> None:
-        self.peer, self.desk, self.limits = peer, desk, limits
+    def __init__(self, peer: Peer, limits: Limits, *, read: Read, write: Write, renew: Renew) -> None:
+        self.peer, self.limits = peer, limits
         self._read, self._write, self._renew = read, write, renew
         self.outbox = Outbox(lambda chunk: pb.Down(chunk=chunk).SerializeToString())
         self._closed = asyncio.Event()
         self._last: bytes | None = None
+        self._renewed = -math.inf
 
     def close(self, frame: pb.Down) -> None:
         """End the stream after this frame."""
         self._last = frame.SerializeToString()
         self._closed.set()
 
-    async def run(self) -> None:
-        """Serve the stream. Raises PayloadError where the node's first frame is no Hello that can be agreed with."""
+    async def run(self, desk: Desk) -> None:
+        """Serve the stream at its node's desk. Raises PayloadError where the node's first frame is no Hello that can be agreed with."""
         hello = await self._greeted()
         protocol = link.common_protocol(hello)
         if self._last is not None:  # closed before it began
@@ -48,8 +54,8 @@ class Session:
                 welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat)
             ).SerializeToString()
         )
-        self.desk.enter(self.outbox, hello.rank)
-        jobs = (self._reading(), self._writing(), self._closed.wait())
+        desk.enter(self.outbox, hello.rank)
+        jobs = (self._reading(desk), self._writing(), self._closed.wait())
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -58,7 +64,7 @@ class Session:
             for task in done:
                 task.result()
         finally:
-            self.desk.leave(self.outbox)
+            desk.leave(self.outbox)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -79,36 +85,43 @@ class Session:
             raise PayloadError("the first frame is no Hello")
         return frame.hello
 
-    async def _reading(self) -> None:
+    async def _reading(self, desk: Desk) -> None:
         while True:
             raw = await asyncio.wait_for(self._read(), self.limits.silence)
-            if raw is None:
+            if raw is None or self._closed.is_set():  # a node that was shut out delivers nothing more
                 return
             frame = link.read_up(raw)
-            if frame is not None and await self._handled(frame):
+            if frame is not None and await self._handled(desk, frame):
                 return
 
-    async def _handled(self, frame: pb.Up) -> bool:
+    async def _handled(self, desk: Desk, frame: pb.Up) -> bool:
         """Whether the node has taken its leave."""
         match frame.WhichOneof("frame"):
             case "want":
-                self.desk.want(frame.want)
+                desk.want(frame.want)
             case "result":
-                self.desk.result(frame.result)
+                desk.result(frame.result)
             case "chunk":
-                self.desk.chunk(frame.chunk)
+                desk.chunk(frame.chunk)
             case "beat":
-                self.desk.state = frame.beat.state
+                desk.state = frame.beat.state
                 self.outbox.put(pb.Down(beat=pb.Beat()).SerializeToString())
             case "answer":
-                self.desk.answer(frame.answer.body)
+                desk.answer(frame.answer.body)
             case "renew":
-                chain = await self._renew(self.peer, frame.renew.csr)
-                self.outbox.put(pb.Down(renewed=pb.Renewed(chain=chain)).SerializeToString())
+                await self._renewing(frame.renew.csr)
             case "bye":
-                logger.info("node %d leaves: %s", self.desk.node, frame.bye.reason or "no reason given")
+                logger.info("node %d leaves: %s", desk.node, frame.bye.reason or "no reason given")
                 return True
         return False
+
+    async def _renewing(self, csr: bytes) -> None:
+        """Each renewal is a row of the log, so a node that asks again at once is not heard."""
+        if time.monotonic() - self._renewed < RENEWAL_SECONDS:
+            return
+        self._renewed = time.monotonic()
+        chain = await self._renew(self.peer, csr)
+        self.outbox.put(pb.Down(renewed=pb.Renewed(chain=chain)).SerializeToString())
 
     async def _writing(self) -> None:
         while True:

@@ -14,7 +14,7 @@ from fedapt.client.site import Site
 from fedapt.client.status import Status, alone_in, is_paused, is_served, pause, read_status, resume
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
-from fedapt.protocols.errors import FedaptError, PayloadError, PrivacyError, RunError, SpecError
+from fedapt.protocols.errors import FedaptError, OutputError, PayloadError, PrivacyError, RunError, SpecError
 from fedapt.protocols.exchange import Answer, Exchange, terms_of
 from fedapt.protocols.outbox import Outbox
 from fedapt.protocols.spec import RunSpec
@@ -133,16 +133,17 @@ def test_what_is_wrong_with_the_data_stays_here(tmp_path: Path, caplog: pytest.L
     assert "own.jsonl" in caplog.text
 
 
-def test_a_fault_stays_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [KeyError("patient 17"), OutputError("/srv/patients17/accounts: the disk is full")])
+def test_a_fault_stays_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
     resident = resident_of(tmp_path)
 
     def fail(*_: object) -> None:
-        raise KeyError("patient 17")
+        raise fault
 
     monkeypatch.setattr(resident, "_describe", fail)
     with pytest.raises(RunError) as told:
         resident.work(*asked_for(pb.DESCRIBE, spec_of()))
-    assert "KeyError at this site" in str(told.value)
+    assert f"{type(fault).__name__} at this site" in str(told.value)
     assert "17" not in str(told.value)
 
 
@@ -186,7 +187,8 @@ def test_an_exchange_is_always_answered(tmp_path: Path) -> None:
 
 
 def test_exchanges_of_a_run_begin_with_its_spec(tmp_path: Path) -> None:
-    spec = spec_of("recipe.name=onebyte", "recipe.weighting=uniform", "zeroth.directions=4", "local.steps=1")
+    spec = spec_of("recipe.name=onebyte", "recipe.weighting=uniform", "zeroth.directions=4")
+    spec = spec.model_copy(update={"local": spec.local.model_copy(update={"steps": None})})
     resident, scale = resident_of(tmp_path), terms_of(spec).code.scale_of(1.0)
     first = Exchange(spec.run.name, SITE, 1, 0, scale, 0.01)
     question = pb.Question(id=b"q" * 16, kind=pb.EXCHANGE, run=spec.run.name, round=1)
@@ -257,3 +259,6 @@ def test_pause_lock_and_status(tmp_path: Path) -> None:
     found = read_status(tmp_path)
     assert [row["round"] for row in found["rounds"]] == list(range(2, 12))
     assert found["connected"]
+    (tmp_path / "status.new").mkdir()  # as a disk that is full
+    status.doing("goes on")
+    assert read_status(tmp_path) == found

@@ -96,6 +96,7 @@ def test_rounds_evaluation_and_adapter(tmp_path: Path, server: Hub, monkeypatch:
     assert json.dumps(status).count("sail") == 0
 
 
+@pytest.mark.slow
 def test_killed_in_a_round_and_back(tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that is killed between two steps goes on from there, and the run is what it would have been."""
     spec, folders = spec_of("local.steps=40", "run.rounds=1"), sites(tmp_path, server)
@@ -122,6 +123,7 @@ def test_killed_in_a_round_and_back(tmp_path: Path, server: Hub, monkeypatch: py
     assert coordinator[0].adapter().tobytes() == expected.adapter().tobytes()
 
 
+@pytest.mark.slow
 def test_a_refusal_reaches_the_store_and_once_leaves(tmp_path: Path, server: Hub) -> None:
     spec = spec_of("run.rounds=1", "participation.minimum=1")
     (tmp_path / "a").mkdir()

@@ -115,6 +115,26 @@ def test_wrong_use(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "another process" in err
 
 
+def test_what_holds_no_token_or_no_site_is_one_line(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise, file = site / "noise", site / "own.jsonl"
+    noise.write_bytes(bytes(range(128, 256)))
+    (site / "status.json").mkdir()
+    wrong = [
+        (("join", noise, "--folder", site), "is no text"),
+        (("join", "token.txt", "--folder", site), "neither a token"),
+        (("join", site, "--folder", site), "neither a token"),
+        (("status", "--folder", file), "Not a directory"),
+        (("status", "--folder", site), "status.json: cannot be read"),
+        (("pause", "--folder", file), "Not a directory"),
+        (("resume", "--folder", file), "Not a directory"),
+        (("start", "--folder", site.parent), "fedapt client join TOKEN"),
+    ]
+    for arguments, said in wrong:
+        code, out, err = in_process(capsys, "client", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), arguments
+        assert said in err, arguments
+
+
 def test_status_pause_and_resume(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def status() -> dict[str, object]:
         code, out, err = in_process(capsys, "client", "status", "--folder", site, "--json")
@@ -149,11 +169,11 @@ def test_a_site_joins_connects_renews_and_leaves_over_tls(tmp_path: Path, capsys
     """A token, one command, and the server knows the node by its key; its certificate is renewed over the stream."""
     import asyncio
 
+    from fedapt.client.dialling import channel_of
     from fedapt.client.duties import Duties
     from fedapt.client.enrolment import SiteKeys
     from fedapt.client.kept import Kept
     from fedapt.client.link import Link
-    from fedapt.client.dialling import channel_of
     from fedapt.client.serving import Certificate
     from fedapt.client.site import Site
     from fedapt.server.authority import Authority, server_credentials

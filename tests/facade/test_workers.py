@@ -15,6 +15,7 @@ from fedapt.simulation import run
 
 from .running import in_process
 
+ROUNDS = 8
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -23,6 +24,7 @@ def simulate(spec: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_the_adapter_is_the_same_to_the_byte(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,12 +35,16 @@ def test_the_adapter_is_the_same_to_the_byte(
     assert (tmp_path / "1" / ADAPTER).read_bytes() == (tmp_path / "2" / ADAPTER).read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, -9)],
+    ids=["interrupted", "killed"],
+)
 def test_a_run_that_is_stopped_leaves_nobody_and_goes_on(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
     """The same bytes as a run that nobody stopped; the kill takes the coordinating process, and workers follow it."""
-    spec = RunSpec.load(tiny, ["run.rounds=40"])
+    spec = RunSpec.load(tiny, [f"run.rounds={ROUNDS}"])
     whole = run(spec)
-    process = simulate(tiny, tmp_path, "--set", "run.rounds=40", "--workers", "2")
+    process = simulate(tiny, tmp_path, "--set", f"run.rounds={ROUNDS}", "--workers", "2")
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while (not metrics.exists() or len(metrics.read_text().splitlines()) < 3) and time.monotonic() < deadline:
@@ -51,5 +57,5 @@ def test_a_run_that_is_stopped_leaves_nobody_and_goes_on(tiny: Path, tmp_path: P
     assert len(children) >= 2
     assert psutil.wait_procs(children, timeout=60)[1] == []
     resumed = run(spec, tmp_path, workers=2)
-    assert len(resumed.metrics) == 41
+    assert len(resumed.metrics) == ROUNDS + 1
     assert resumed.outcome.adapter.tobytes() == whole.outcome.adapter.tobytes()

@@ -128,7 +128,10 @@ class OpenDoor:
         agent = dict(context.invocation_metadata()).get("user-agent", "")
         if not agent.startswith("node-"):
             raise PayloadError("nobody")
-        node = int(agent.split()[0].removeprefix("node-"))
+        return self.peer(int(agent.split()[0].removeprefix("node-")))
+
+    @staticmethod
+    def peer(node: int) -> Peer:
         return Peer("node", f"{node:016x}" + 48 * "0", "1", datetime.max.replace(tzinfo=UTC))
 
     def refusal(self, peer: Peer) -> str | None:

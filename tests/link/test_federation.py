@@ -255,9 +255,14 @@ def test_a_blob_travels_once_although_two_questions_name_it(
     assert sorted(worker.asked.values()) == [1, 1, 1, 1]
 
 
+def session_of(hub: Hub) -> Session | None:
+    """Node 1's stream: it has one at most."""
+    return next(iter(list(hub._sessions)), None)
+
+
 def is_back(hub: Hub, before: Session) -> bool:
     """Whether node 1 has another stream than before."""
-    return hub._sessions.get(1) not in (None, before)
+    return session_of(hub) not in (None, before)
 
 
 def test_a_stream_that_breaks_while_a_node_works_costs_nothing(hub: Hub, tmp_path: Path, door: OpenDoor) -> None:
@@ -268,7 +273,7 @@ def test_a_stream_that_breaks_while_a_node_works_costs_nothing(hub: Hub, tmp_pat
         grid.send([Assignment("run", 1, 1, 1, "v", bytes(4 * layout_of(WIDTH).size))])
         until(lambda: worker.asked, "the node works")
         for _ in range(5):
-            session = until(lambda: hub._sessions.get(1), "the node is here")
+            session = until(lambda: session_of(hub), "the node is here")
             session.close(pb.Down(bye=pb.Bye(reason="a break")))
             until(partial(is_back, hub, session), "the node is back")
         worker.leave.set()
@@ -347,7 +352,7 @@ class Broken:
         return body
 
 
-@pytest.mark.parametrize("fault", [RunError("out of data"), ZeroDivisionError("by zero"), MemoryError()])
+@pytest.mark.parametrize("fault", [RunError("out of data"), ZeroDivisionError("row 17"), MemoryError()])
 def test_a_worker_that_fails_says_why_and_lives_on(
     door: OpenDoor, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: Exception
 ) -> None:
@@ -361,7 +366,9 @@ def test_a_worker_that_fails_says_why_and_lives_on(
             grid.send([Assignment("run", round_, 1, 1, "v", b"")])
             (reply,) = grid.replies(20)
             assert isinstance(reply, Failure)
-            assert str(fault) in reply.reason
+            assert (
+                str(fault) if isinstance(fault, RunError) else f"{type(fault).__name__} at this site"
+            ) == reply.reason
         with pytest.raises(RunError, match="no node could describe"):
             grid.describe()
 
@@ -454,7 +461,7 @@ def test_a_refused_node_stops_and_a_cut_one_starts_its_backoff_again(hub: Hub, d
     node.backoff = Watched()
     with pytest.raises(RejectedError, match="revoked"), nodes_here([node]) as futures:  # noqa: PT012
         for _ in range(3):
-            session = until(lambda: hub._sessions.get(1), "the node is here")
+            session = until(lambda: session_of(hub), "the node is here")
             until(lambda: hub.nodes() == [1], "the node is here")
             session.close(pb.Down(rejected=pb.Rejected(reason="for now")))
             until(partial(is_back, hub, session), "the node is back")

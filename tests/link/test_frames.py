@@ -217,6 +217,12 @@ def test_a_beat_out_of_bounds_is_refused(seconds: float) -> None:
         link.read_down(pb.Down(welcome=pb.Welcome(protocol=1, beat_seconds=seconds)).SerializeToString())
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 4000.0])
+def test_nobody_is_sent_away_for_ever(seconds: float) -> None:
+    with pytest.raises(PayloadError, match="a leave of"):
+        link.read_down(pb.Down(bye=pb.Bye(after_seconds=seconds)).SerializeToString())
+
+
 def test_a_question_of_an_impossible_rank_is_refused() -> None:
     asked = Assignment("run", 3, 1, 7, "v", b"", link.MOST_RANK + 1)
     frame = pb.Down(question=link.question(pb.TRAIN, asked, link.blob(b""), link.blob(b"")))

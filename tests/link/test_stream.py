@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -10,10 +11,13 @@ import pytest
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.errors import OutputError
+from fedapt.protocols.identity import Peer
 from fedapt.protocols.update import Assignment
-from fedapt.server.link.desk import Answered, Asked
-from fedapt.server.link.hub import Hub, host_of, is_loopback
+from fedapt.server.link.desk import Answered, Asked, Desk
+from fedapt.server.link.hub import OWN_FAULT, Hub, host_of, is_loopback
 from fedapt.server.link.limits import Limits
+from fedapt.server.link.session import Session
+from fedapt.server.link.stopped import StoppedError
 
 from .federation import OpenDoor, channel, faults, until
 
@@ -202,6 +206,79 @@ def test_a_revocation_ends_a_stream_that_is_open(hub: Hub, door: OpenDoor) -> No
     play(hub, script)
 
 
+def test_a_refused_stream_hides_no_older_one_from_a_revocation(
+    hub: Hub, door: OpenDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a certificate that was replaced: the stream with the newer one must still be found."""
+
+    async def script(stream: Callable[[int], Stream]) -> None:
+        one = await stream(5).greeted()
+        monkeypatch.setattr(door, "changes", lambda: -1)
+        await asyncio.sleep(3 * LIMITS.revocation_poll)
+        door.refused |= {5, 6}
+        for refused in (stream(5), stream(6)):
+            assert rejected(await refused.all()).final
+        await one.write(BEAT)
+        assert await one.read() is not None
+        monkeypatch.undo()
+        assert rejected(await one.all()).final
+
+    play(hub, script)
+    assert hub.known() == [5], "who was never let in is not known"
+
+
+def test_a_fault_of_the_server_is_not_told(
+    hub: Hub, door: OpenDoor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(peer: Peer) -> str:
+        raise OSError("SELECT name FROM nodes")
+
+    async def script(stream: Callable[[int], Stream]) -> None:
+        monkeypatch.setattr(door, "refusal", away)
+        refusal = rejected(await stream(5).all())
+        assert (refusal.reason, refusal.final) == (OWN_FAULT, False)
+
+    play(hub, script)
+    assert "SELECT name" in caplog.text
+    caplog.clear()
+
+
+def test_who_was_shut_out_delivers_nothing_more() -> None:
+    """Not even while it refuses to read that it was."""
+    answers: list[Answered] = []
+    desk, asked = Desk(5, LIMITS), question_of(5, answers)
+    result = pb.Up(result=pb.Result(question=asked.question.id, kind="empty", payload=link.blob(b"")))
+
+    async def served(shut_out: bool) -> None:
+        frames, never = iter([HELLO, result, BEAT]), asyncio.Event()
+
+        async def read() -> bytes:
+            frame = next(frames, None)
+            if frame is None:
+                await never.wait()
+            if frame is result and shut_out:
+                session.close(pb.Down(rejected=pb.Rejected(reason="revoked", final=True)))
+            assert frame is not None
+            return frame.SerializeToString()
+
+        async def write(raw: bytes) -> None:
+            if pb.Down.FromString(raw).WhichOneof("frame") == "rejected":
+                await never.wait()
+
+        async def renew(peer: Peer, csr: bytes) -> bytes:
+            raise NotImplementedError
+
+        session = Session(OpenDoor.peer(5), LIMITS, read=read, write=write, renew=renew)
+        desk.ask(asked)
+        with pytest.raises(TimeoutError):
+            await session.run(desk)
+
+    asyncio.run(served(shut_out=True))
+    assert answers == []
+    asyncio.run(served(shut_out=False))
+    assert len(answers) == 1
+
+
 def test_the_watch_outlives_a_database_that_is_away(
     hub: Hub, door: OpenDoor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,6 +372,10 @@ def test_a_certificate_is_renewed_on_the_stream(hub: Hub) -> None:
         frame = await one.read()
         assert frame is not None
         assert frame.renewed.chain == b"chain of request"
+        await one.write(pb.Up(renew=pb.Renew(csr=b"request")), BEAT)
+        frame = await one.read()
+        assert frame is not None
+        assert frame.WhichOneof("frame") == "beat", "a renewal is not to be had at once again"
 
     play(hub, script)
 
@@ -312,6 +393,15 @@ def test_a_server_takes_its_leave(door: OpenDoor) -> None:
     play(hub, script)
     with Hub(f"127.0.0.1:{hub.port}", door, credentials=None):
         """The port is free for the next one."""
+
+
+def test_who_asks_after_the_end_is_called_off(door: OpenDoor) -> None:
+    with Hub("127.0.0.1:0", door, credentials=None, limits=LIMITS) as hub:
+        hub.ask([question_of(5, [])])
+    assert hub.absence(6) == 0
+    for late in (partial(hub.ask, []), partial(hub.close, 5, []), partial(hub.exchange, [], lambda _node, _body: None)):
+        with pytest.raises(StoppedError):
+            late()
 
 
 def test_a_port_is_had_by_one_server_alone(hub: Hub, door: OpenDoor) -> None:

@@ -12,7 +12,7 @@ import fedapt
 from fedapt.kernels.lowrank import Matrix
 from fedapt.protocols.keys import derive, generator
 from fedapt.protocols.layout import AdapterLayout, TensorSpec
-from fedapt.protocols.recipes import RECIPES
+from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.server.strategy import RecipeStrategy
 
 P = "base_model.model."

@@ -73,7 +73,7 @@ def test_the_right_mechanism_passes(overrides: tuple[str, ...]) -> None:
     distance, told, *_ = found
     assert distance.measured == pytest.approx(distance.claimed, rel=1e-4), "the worst run is as bad as charged"
     assert told.measured is not None
-    assert told.measured > 0.6, "an audit that saw nothing would pass anything"
+    assert told.measured > 0.5, "an audit that saw nothing would pass anything"
 
 
 def test_the_sensitivity_of_independent_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from fedapt.client.duties import Duties
 from fedapt.client.kept import Kept
@@ -17,14 +18,14 @@ from fedapt.client.link import Backoff, Link
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.blobs import digest
-from fedapt.protocols.errors import RunError
+from fedapt.protocols.errors import DataError, RunError, SpecError
 from fedapt.protocols.link import NAME_KEY
 from fedapt.protocols.recipes import FIRST_ORDER
 from fedapt.protocols.spec import RunSpec
 from fedapt.server.hosting import Hooks, Host
 from fedapt.server.link.doors import OpenDoor, named
 from fedapt.server.link.grid import LinkGrid
-from fedapt.server.link.hub import Hub
+from fedapt.server.link.hub import OWN_FAULT, Hub
 from fedapt.server.link.limits import Limits
 from fedapt.server.link.stopped import StoppedError
 from fedapt.server.store import SqliteStore, Store
@@ -178,13 +179,62 @@ def test_stopped_and_resumed_from_elsewhere(tmp_path: Path, store: SqliteStore) 
     assert [row["round"] for row in store.rows("long")] == list(range(len(store.rows("long"))))
 
 
-def test_a_run_that_cannot_go_on_fails_alone(tmp_path: Path, store: SqliteStore) -> None:
+def test_a_name_that_is_taken_is_refused_before_anything_is_served(tmp_path: Path, store: SqliteStore) -> None:
     good, other = spec_of("run.name=good"), spec_of("run.name=taken")
     with federation(tmp_path, NAMES[0]) as (hub, _):
         serve(hub, store, other)
-        serve(hub, store, good, spec_of("run.name=taken", "run.seed=9"))
-    assert {state.name: state.status for state in store.runs()} == {"taken": "failed", "good": "finished"}
-    assert "another spec" in next(state.reason for state in store.runs() if state.name == "taken")
+        with pytest.raises(SpecError, match="another spec"):
+            serve(hub, store, good, spec_of("run.name=taken", "run.seed=9"))
+    assert {state.name: state.status for state in store.runs()} == {"taken": "finished"}
+
+
+@pytest.mark.parametrize(("fault", "said"), [(DataError("no rows"), "no rows"), (KeyError("row 17"), OWN_FAULT)])
+def test_a_run_that_cannot_go_on_fails_alone(tmp_path: Path, store: SqliteStore, fault: Exception, said: str) -> None:
+    def fails(_: object) -> None:
+        raise fault
+
+    def hooks(spec: RunSpec) -> Hooks:
+        return Hooks(began=fails) if spec.run.name == "bad" else Hooks()
+
+    with federation(tmp_path, NAMES[0]) as (hub, _):
+        host = Host(hub, store, hooks)
+        host.begin([spec_of("run.name=good"), spec_of("run.name=bad")])
+        host.serve(threading.Event(), until_done=True)
+        assert {state.name: state.status for state in store.runs()} == {"bad": "failed", "good": "finished"}
+        assert next(state.reason for state in store.runs() if state.name == "bad") == said
+
+        def unable(_: RunSpec) -> Hooks:
+            raise fault
+
+        store.set_status("good", "running")
+        host = Host(hub, store, unable)
+        host.serve(threading.Event(), until_done=True)
+    assert store.status("good") == "failed"
+
+
+def test_a_database_that_is_away_for_a_moment_ends_no_run(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedapt.server.hosting.RETRY_SECONDS", 0.05)
+    calls = {"runs": 0, "rows": 0}
+
+    def flickering(name: str) -> None:
+        method = getattr(store, name)
+
+        def call(*arguments: object) -> object:
+            calls[name] += 1
+            if calls[name] == 2:
+                raise OperationalError("SELECT", {}, Exception("the server closed the connection"))
+            return method(*arguments)
+
+        monkeypatch.setattr(store, name, call)
+
+    flickering("runs")
+    flickering("rows")
+    with federation(tmp_path, NAMES[0]) as (hub, _):
+        serve(hub, store, spec_of("run.name=run"))
+    assert store.status("run") == "finished"
+    assert min(calls.values()) >= 2
 
 
 def test_too_few_answers_leave_the_round_open(

@@ -153,4 +153,4 @@ def test_a_spare_is_taken_from_those_who_are_there() -> None:
 
 def test_without_spares_all_are_waited_for() -> None:
     for sampling in ("all", "fixed", "poisson"):
-        assert wanted(7, Participation(sampling=sampling)) == 7  # type: ignore[arg-type]
+        assert wanted(7, Participation(sampling=sampling)) == 7

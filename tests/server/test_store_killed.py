@@ -107,6 +107,7 @@ def begun(where: str) -> str:
     return where
 
 
+@slow_on_postgres
 def test_killed_in_the_middle_of_commits(place: Place) -> None:
     where, chance, said = begun(place()), random.Random(0), 0
     with nursery() as children:
@@ -134,6 +135,7 @@ def kill_at_each_write(place: Place, kind: str) -> int:
     raise AssertionError
 
 
+@slow_on_postgres
 def test_killed_at_each_write(place: Place) -> None:
     assert kill_at_each_write(place, "Wrapped") > 20
 

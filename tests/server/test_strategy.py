@@ -345,3 +345,9 @@ def test_fedit_takes_any_adapter() -> None:
         expected = np.average(ends, axis=0, weights=weights)
         np.testing.assert_allclose(adapters[1][name], expected, atol=1e-6)
     assert metrics[1]["effective_rank"] == 0
+
+
+@pytest.mark.parametrize("recipe", ["onebyte", "kseed", "dpzo"])
+def test_a_stock_client_exchanges_no_codes(recipe: str) -> None:
+    with pytest.raises(SpecError, match="exchanges codes"):
+        fedapt.strategy(recipe)
