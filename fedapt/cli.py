@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-# Before anything imports these libraries: no telemetry, no update checks, no bars of their own.
+# Before anything imports these libraries: no telemetry, no update checks, no bars and no lines of their own.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import click
 import typer
@@ -133,6 +134,7 @@ def plan(spec: SpecPath, settings: Settings = None, as_json: Json = False) -> No
 def simulate(
     spec: SpecPath,
     settings: Settings = None,
+    *,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report, metrics and adapter; a run there goes on.")
     ] = None,

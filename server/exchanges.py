@@ -27,7 +27,7 @@ from ..protocols.legality import recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, version_of
-from .coordinator import CHANGEABLE, Evaluate, Progress, best_round
+from .coordinator import CHANGEABLE, Evaluate, Progress, best_round, require_same
 from .grid import Failure, NodeGrid
 from .importance import Pool
 from .log import ExchangeLog, MemoryLog, SqlLog, genesis
@@ -175,10 +175,7 @@ class ZerothCoordinator:
         found = self.store.find(self.run)
         if found is not None:
             spec, description = found
-            stored = RunSpec.model_validate_json(spec)
-            run = stored.run.model_copy(update=self.spec.run.model_dump(include=CHANGEABLE))
-            if stored.model_copy(update={"run": run}) != self.spec:
-                raise SpecError(f'run "{self.run}" exists with another spec; give this one a name of its own')
+            require_same(spec, self.spec)
             return description
         description = self.grid.describe()
         row: Row = {"round": 0, "population": self.spec.privacy.population or len(self.grid.nodes())}

@@ -162,7 +162,6 @@ class Hub:
         return [
             ("grpc.max_receive_message_length", link.FRAME_BYTES),
             ("grpc.server_handshake_timeout_ms", int(1000 * self.limits.connections_handshake)),
-            ("grpc.max_connection_idle_ms", int(1000 * self.limits.silence)),  # idle: without a stream
             ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not take half of the nodes
             ("grpc.max_metadata_size", 16 << 10),
         ]

@@ -258,7 +258,7 @@ def _shown(url: URL) -> str:
 
 def _unusable(url: URL, where: str, error: DatabaseError) -> str:
     if url.get_backend_name() == "sqlite":
-        return f"{where}: cannot be used as a run's store ({error.orig}); choose another --out"
+        return f"{where}: cannot be used as a run's store ({error.orig}); choose another --out, or another `store` in server.toml"
     reason = " ".join(str(error.orig).split())
     for secret in filter(None, (url.password, url.query.get("password"))):
         reason = reason.replace(str(secret), "***")
