@@ -49,7 +49,7 @@ from fedapt.server.private import client_level
 from fedapt.server.store import Row, Snapshot, SqliteStore, SqlStore
 
 QUICK = Backoff(first=0.02, most=0.2)
-BRISK = Limits(beat=0.2, silence=1.0, hello=1.0, absence=5.0)
+BRISK = Limits(beat=0.2, silence=3.0, hello=1.0, absence=5.0)
 """Limits under which a test sees in a second what takes a minute otherwise."""
 
 

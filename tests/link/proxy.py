@@ -45,10 +45,12 @@ class Proxy:
         return server
 
     async def close(self) -> None:
-        for connection in self._open:
-            connection.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        await asyncio.sleep(0)
+        for _ in range(2):  # a connection that was just taken has no task before the loop has turned
+            await asyncio.sleep(0.02)
+            for connection in self._open:
+                connection.cancel()
+            await asyncio.gather(*self._open, return_exceptions=True)
+        await asyncio.sleep(0.02)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = asyncio.ensure_future(self._through(reader, writer))
