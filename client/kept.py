@@ -58,7 +58,10 @@ class Kept:
     def __iter__(self) -> Iterator[pb.Result]:
         """All that are kept, oldest first."""
         for path in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
-            found = self.find(bytes.fromhex(path.stem))
+            try:
+                found = self.find(bytes.fromhex(path.stem))
+            except ValueError:  # somebody else's file
+                continue
             if found is not None:
                 yield found[0]
 

@@ -33,6 +33,9 @@ BROKEN = (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError
 
 STOP_SECONDS = 2.0
 
+EXPIRY_SECONDS = 60.0
+"""How often open streams are held against the clock."""
+
 OWN_FAULT = "an error in the server, which its operator finds in its log"
 
 
@@ -243,13 +246,16 @@ class Hub:
             await asyncio.wait_for(context.write(frame), self.limits.hello)
 
     async def _revoking(self) -> None:
-        """Close the streams of nodes that may not have one any more, soon after that was decided elsewhere."""
+        """Close the streams of nodes that may not have one any more: soon after that was decided elsewhere, and within a
+        minute where a certificate has run out."""
         seen: int | None = None
+        looked = 0.0
         while True:
             try:
-                changes = await asyncio.to_thread(self.door.changes)
-                if changes != seen:
+                changes, now = await asyncio.to_thread(self.door.changes), self._loop.time()
+                if changes != seen or now - looked > EXPIRY_SECONDS:
                     await self._let_go()
+                    looked = now
                 seen = changes
             except Exception:  # a database that is away for a moment must not end the watch
                 logger.exception("whether nodes were revoked cannot be seen; looking again")

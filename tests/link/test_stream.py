@@ -21,7 +21,7 @@ from fedapt.server.link.stopped import StoppedError
 
 from .federation import OpenDoor, channel, faults, until
 
-LIMITS = Limits(beat=0.2, silence=0.5, hello=0.3, streams_per_address=3, revocation_poll=0.05)
+LIMITS = Limits(beat=0.2, silence=2.0, hello=1.0, streams_per_address=3, revocation_poll=0.05)
 HELLO = pb.Up(hello=pb.Hello(oldest=1, newest=1))
 BEAT = pb.Up(beat=pb.Beat())
 
@@ -121,12 +121,12 @@ def test_hello_and_welcome(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("frames", "reason"),
     [
-        ([], "no Hello within 0.3 s"),
+        ([], "no Hello within 1 s"),
         ([BEAT], "the first frame is no Hello"),
         ([b"\xff\xff"], "not a frame"),
         ([pb.Up(hello=pb.Hello(oldest=2, newest=3))], "upgrade the server's fedapt"),
         ([pb.Up(hello=pb.Hello(oldest=1, newest=1, software="x" * 200))], "at most 128"),
-        ([HELLO], "silent for 0.5 s"),
+        ([HELLO], "silent for 2 s"),
         ([HELLO, b"\xff\xff"], "not a frame"),
         ([HELLO, pb.Up(want=pb.Want(sha256=b"short"))], "a SHA-256 of 5 bytes"),
         ([HELLO, pb.Up(answer=pb.Answer(body=bytes(link.MOST_BODY + 1)))], "a body of"),
@@ -178,6 +178,22 @@ def test_streams_of_one_address_are_counted(hub: Hub) -> None:
         await first[0].write(pb.Up(bye=pb.Bye()))
         await first[0].all()
         await stream(9).greeted()
+
+    play(hub, script)
+
+
+def test_an_open_stream_is_held_against_the_clock(hub: Hub, door: OpenDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate runs out without anybody deciding it: no change is counted."""
+    monkeypatch.setattr("fedapt.server.link.hub.EXPIRY_SECONDS", 0.1)
+    monkeypatch.setattr(door, "changes", lambda: 0)
+
+    async def script(stream: Callable[[int], Stream]) -> None:
+        one = await stream(5).greeted()
+        door.refused.add(5)
+        while (frame := await one.read()) is not None and frame.WhichOneof("frame") != "rejected":
+            pass
+        assert frame is not None
+        assert frame.rejected.reason == "revoked"
 
     play(hub, script)
 
