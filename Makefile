@@ -25,8 +25,8 @@ demo: .venv/installed ## A real federated fine-tuning, offline, in about a minut
 test: check ## Lint, types and the test suite (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
-test-slow: .venv/installed-slow ## What takes longer: Flower's own simulation, wheels, kills
-	$(BIN)/pytest -q -m slow
+test-slow: .venv/installed-slow ## What takes longer: stock Flower, Ray, wheels, kills, faults, fuzz
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m slow
 
 check: .venv/installed ## Lint and types alone
 	$(BIN)/ruff check

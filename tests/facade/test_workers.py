@@ -35,9 +35,10 @@ def test_the_adapter_is_the_same_to_the_byte(
     assert (tmp_path / "1" / ADAPTER).read_bytes() == (tmp_path / "2" / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, -9)],
+    [(signal.SIGINT, 130), (signal.SIGKILL, -9)],
     ids=["interrupted", "killed"],
 )
 def test_a_run_that_is_stopped_leaves_nobody_and_goes_on(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
