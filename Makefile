@@ -26,7 +26,7 @@ test: check ## Lint, types and the test suite (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 test-slow: .venv/installed-slow ## What takes longer: stock Flower, Ray, wheels, kills, faults, fuzz
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
 
 check: .venv/installed ## Lint and types alone
 	$(BIN)/ruff check

@@ -50,8 +50,6 @@ from fedapt.server.export import save_adapter
 from fedapt.server.grid import Evaluated
 from fedapt.server.store import MemoryStore
 
-pytestmark = pytest.mark.xdist_group("flower")  # its simulation listens on one port of the machine
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "flower-deployment"
 SPEC = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]["spec"]
 LINES = {

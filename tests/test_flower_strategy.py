@@ -8,8 +8,6 @@ import pytest
 
 from .flwr_run import flwr_run
 
-pytestmark = pytest.mark.xdist_group("flower")  # its simulation listens on one port of the machine
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "flower-strategy"
 LINE = re.compile(r"round (\d+): accuracy ([\d.]+), aggregation error (\S+)$", re.MULTILINE)
 

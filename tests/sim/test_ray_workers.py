@@ -17,11 +17,7 @@ from fedapt.sim.workers import WorkerGrid
 
 ray = pytest.importorskip("ray")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("flower"),
-    pytest.mark.filterwarnings("ignore"),
-]  # Ray leaves sockets and files to the collector
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets and files to the collector
 
 
 @pytest.fixture(scope="module")
