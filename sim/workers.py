@@ -26,10 +26,8 @@ import torch
 
 from ..client.client import Client, Kept
 from ..protocols.errors import FedaptError, RunError
-from ..protocols.legality import rank_of
-from ..protocols.update import Assignment, Description, Update
-from ..server.grid import Evaluated
-from .grid import LocalGrid, portions
+from ..protocols.update import Assignment, Update
+from .grid import VirtualNodes, portions
 from .image import Bytes, Image, image
 
 
@@ -56,29 +54,16 @@ class Pool(Protocol):
         """What `Portion.train` gives, in the order of `work`. Raises RunError where a worker dies."""
 
 
-class WorkerGrid:
-    """The coordinator's narrow protocol (`server.grid.NodeGrid`) over workers; `client` keeps what outlives a round.
+class WorkerGrid(VirtualNodes):
+    """The nodes of a client, trained by workers; `client` keeps what outlives a round, and scores in this process.
 
     Formal guarantees: the bytes of every update are those of `LocalGrid`, whatever the number of workers, because a
     round is cut alike; where torch's matmuls depend on the number of threads, this number has to be the same too.
     """
 
     def __init__(self, client: Client, pool: Pool) -> None:
-        self.client, self.pool = client, pool
-        self._sent: list[Assignment] = []
-
-    def nodes(self) -> list[int]:
-        return self.client.nodes()
-
-    def rank(self, node: int) -> int:
-        """One of `adapter.ranks` by key: what a virtual node can afford."""
-        return rank_of(self.client.spec, node)
-
-    def describe(self) -> Description:
-        return self.client.describe()
-
-    def send(self, assignments: Sequence[Assignment]) -> None:
-        self._sent = list(assignments)
+        super().__init__(client)
+        self.pool = pool
 
     def replies(self, timeout: float) -> Iterator[Update]:
         """All answers, in the order of sending. Virtual clients are on this machine, so there is no deadline."""
@@ -87,10 +72,6 @@ class WorkerGrid:
         for portion, (updates, kept) in zip(work, self.pool.train(work), strict=True):
             self.client.keep(portion.assignments, kept)
             yield from updates
-
-    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated]:
-        """In this process: evaluation is a small part of a round."""
-        return LocalGrid(self.client).evaluate(assignments, timeout)
 
 
 def cores() -> int:

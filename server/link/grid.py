@@ -15,10 +15,10 @@ from ...protocols.spec import RunSpec
 from ...protocols.update import Assignment, Description, Update
 from ..admission import MAX_WEIGHT
 from ..grid import Evaluated, Failure
+from ..messages import MessageGrid
 from .desk import Answered, Asked
 from .exchanging import Exchanges
 from .hub import Hub
-from .messages import MessageGrid
 from .stopped import POLL_SECONDS, StoppedError
 
 logger = logging.getLogger(__name__)

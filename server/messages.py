@@ -8,8 +8,8 @@ from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from ...protocols.errors import PayloadError
-from ...protocols.records import (
+from ..protocols.errors import PayloadError
+from ..protocols.records import (
     DESCRIBE,
     RANK,
     TRAIN,
@@ -19,8 +19,8 @@ from ...protocols.records import (
     rank_to_records,
     update_to_records,
 )
-from ...protocols.update import Assignment, Description, Update
-from ..grid import Failure
+from ..protocols.update import Assignment, Description, Update
+from .grid import Failure
 
 SERVER_NODE = 0
 
@@ -91,7 +91,7 @@ class MessageGrid(Grid):
         return replies
 
     def _train(self, messages: dict[str, Message], timeout: float) -> list[Message]:
-        numbers: dict[int, str] = {}
+        numbers: dict[int, list[str]] = {}
         assignments, replies = [], []
         for number, asked in messages.items():
             try:
@@ -99,14 +99,11 @@ class MessageGrid(Grid):
             except PayloadError as error:
                 replies.append(self._reply(number, asked, Error(0, str(error))))
                 continue
-            if assignment.node != asked.metadata.dst_node_id:
-                replies.append(self._reply(number, asked, Error(0, f"an assignment of node {assignment.node}")))
-                continue
             assignments.append(assignment)
-            numbers[assignment.node] = number
+            numbers.setdefault(assignment.node, []).append(number)
         self.send(assignments)
         for reply in self.replies(timeout):
-            number = numbers[reply.node]
+            number = numbers[reply.node].pop(0)
             content = Error(0, reply.reason) if isinstance(reply, Failure) else update_to_records(reply)
             replies.append(self._reply(number, messages[number], content))
         return replies
