@@ -1,23 +1,28 @@
 """The low-bandwidth mode on the real link: exchanges a second, and bytes at the socket, with the log on disk.
 
-    python benchmarks/exchanges.py [--nodes 8] [--exchanges 2000] [--folder DIR]
+    python benchmarks/exchanges.py [--nodes 8] [--exchanges 2000] [--processes 1]
 
-A server and the nodes are processes of their own, on loopback, without TLS; the loss costs nothing, so that the link and the log are what is measured. Bytes are counted by a proxy, on a run of its own. The store is SQLite with
+The nodes live in processes of their own, one or more, each node with its own connections, on loopback, without TLS; the
+loss costs nothing, so that the link and the log are what is measured. CPU time is of the second half of a run, as the
+rate is. Bytes are counted by a proxy, frame by frame of HTTP/2, on a run of its own. The store is SQLite with
 synchronous=FULL: no step is sent before it is on disk.
 """
 
 import argparse
 import asyncio
+import collections
 import json
 import multiprocessing
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 
 from fedapt.client.duties import Duties
 from fedapt.client.exchanger import Exchanger, Probe, Slopes
@@ -30,6 +35,7 @@ from fedapt.protocols.exchange import Answer, Exchange, terms_of
 from fedapt.protocols.layout import AdapterLayout, TensorSpec
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Description
+from fedapt.server.coordinator import Progress
 from fedapt.server.exchanges import ZerothCoordinator
 from fedapt.server.link.doors import OpenDoor, named
 from fedapt.server.link.grid import LinkGrid
@@ -39,7 +45,10 @@ from fedapt.server.store import SqliteStore
 LAYOUT = AdapterLayout([TensorSpec("score.weight", (2, 30), "other")])
 START = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
 DIRECTIONS = 16
-OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4 << 20)]
+OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
+"""As a site has it: no two nodes share a connection."""
+
+FRAMES = {0: "DATA", 6: "PING", 8: "WINDOW_UPDATE"}
 
 
 def spec_of(nodes: int, exchanges: int) -> RunSpec:
@@ -51,19 +60,22 @@ def spec_of(nodes: int, exchanges: int) -> RunSpec:
 
 
 class Quadratic:
-    """A Worker whose loss is a quadratic."""
+    """A Worker whose loss is a quadratic. Those of one process share a replica, as virtual nodes do: each step is applied
+    once a process, as on machines of their own each would apply it at the same time."""
+
+    exchanger: Exchanger | None = None
+    one_at_a_time = threading.Lock()
 
     def __init__(self, name: str) -> None:
         self.node = named(name).node
-        self.target = np.full(LAYOUT.size, (self.node % 7) / 7, np.float32)
-        self.exchanger: Exchanger | None = None
 
     def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
         if question.kind == pb.DESCRIBE:
             answer = link.description_to_bytes(Description(LAYOUT, START, {}, "none"))
         elif question.kind == pb.EXCHANGE:
             run = RunSpec.model_validate_json(spec)
-            self.exchanger = self.exchanger or Exchanger(run.run.name, terms_of(run), START, self.slopes)
+            with self.one_at_a_time:
+                Quadratic.exchanger = self.exchanger or Exchanger(run.run.name, terms_of(run), START, slopes)
             answer = self.exchange(payload)
         else:
             answer = b""
@@ -72,11 +84,13 @@ class Quadratic:
     def exchange(self, body: bytes) -> bytes:
         if self.exchanger is None:
             return Answer(self.node, Exchange.from_bytes(self.node, body).number, "lost").to_bytes()
-        return self.exchanger.reply(self.node, body)
+        with self.one_at_a_time:
+            return self.exchanger.reply(self.node, body)
 
-    def slopes(self, weights: Floats, probes: Sequence[Probe]) -> list[Slopes]:
-        """Numbers that depend on the state and cost nothing: it is the link that is measured."""
-        return [Slopes((weights - self.target)[:DIRECTIONS].astype(np.float64))] * len(probes)
+
+def slopes(weights: Floats, probes: Sequence[Probe]) -> list[Slopes]:
+    """Numbers that depend on state and node and cost nothing: it is the link that is measured."""
+    return [Slopes(weights[:DIRECTIONS].astype(np.float64) - (probe.node % 7) / 7) for probe in probes]
 
 
 def nodes_process(port: int, names: Sequence[str], folder: str) -> None:
@@ -95,10 +109,11 @@ def nodes_process(port: int, names: Sequence[str], folder: str) -> None:
 
 
 class Counter:
-    """A loopback proxy that counts what nodes send."""
+    """A loopback proxy that counts bytes: all of them by direction, and by direction and kind of HTTP/2 frame."""
 
     def __init__(self, port: int) -> None:
-        self.target, self.up, self.down = port, 0, 0
+        self.target = port
+        self.counts: collections.Counter[str] = collections.Counter()
 
     async def start(self) -> int:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -106,18 +121,28 @@ class Counter:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        await asyncio.gather(self._copy(reader, to_writer, "up"), self._copy(to_reader, writer, "down"))
+        ways = self._copy(reader, to_writer, "up", 24), self._copy(to_reader, writer, "down", 0)
+        await asyncio.gather(*ways, return_exceptions=True)
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str, preface: int) -> None:
+        """`preface` are the bytes before the first frame."""
+        waiting, begun = b"", preface == 0
         while data := await reader.read(65536):
-            setattr(self, way, getattr(self, way) + len(data))
+            self.counts[way] += len(data)
+            waiting += data
+            if not begun and len(waiting) >= preface:
+                waiting, begun = waiting[preface:], True
+            while begun and len(waiting) >= 9 and len(waiting) >= (size := 9 + int.from_bytes(waiting[:3], "big")):
+                self.counts[f"{way} {FRAMES.get(waiting[3], 'other')}"] += size
+                waiting = waiting[size:]
             writer.write(data)
             await writer.drain()
         writer.close()
 
 
-def measure(nodes: int, exchanges: int, folder: Path, *, counted: bool) -> dict[str, float]:
-    """Exchanges a second over the second half of a run, and, where counted, bytes an exchange and node over all of it."""
+def measure(nodes: int, exchanges: int, processes: int, folder: Path, *, counted: bool) -> dict[str, float]:
+    """Of the second half of a run: exchanges a second and milliseconds of CPU an exchange, or, where counted, bytes an
+    exchange and node."""
     spec = spec_of(nodes, exchanges)
     store = SqliteStore(folder / "store.sqlite")
     with Hub("127.0.0.1:0", OpenDoor(), credentials=None) as hub:
@@ -125,39 +150,56 @@ def measure(nodes: int, exchanges: int, folder: Path, *, counted: bool) -> dict[
         if counted:
             loop = asyncio.new_event_loop()
             port = loop.run_until_complete(counter.start())
-            __import__("threading").Thread(target=loop.run_forever, daemon=True).start()
+            threading.Thread(target=loop.run_forever, daemon=True).start()
         context = multiprocessing.get_context("spawn")
         names = [f"n{i}" for i in range(nodes)]
         workers = [
-            context.Process(target=nodes_process, args=(port, names[i::2], str(folder)), daemon=True) for i in range(2)
+            context.Process(target=nodes_process, args=(port, names[i::processes], str(folder)), daemon=True)
+            for i in range(processes)
         ]
         for worker in workers:
             worker.start()
         moments: list[float] = []
-        before = (0, 0)
-        grid = LinkGrid(hub, spec)
-        coordinator = ZerothCoordinator(spec, grid, store, progress=lambda p: moments.append(time.perf_counter()))
-        before = counter.up, counter.down
-        list(coordinator.rounds())
+        half: list[dict[str, float]] = []
+
+        def spent() -> dict[str, float]:
+            others = [psutil.Process(worker.pid).cpu_times() for worker in workers]
+            return {
+                "server": time.process_time(),
+                "nodes": sum(cpu.user + cpu.system for cpu in others),
+            } | counter.counts
+
+        def progress(_: Progress) -> None:
+            moments.append(time.perf_counter())
+            if len(moments) == exchanges // 2:
+                half.append(spent())
+
+        list(ZerothCoordinator(spec, LinkGrid(hub, spec), store, progress=progress).rounds())
+        end = spent()
         for worker in workers:
             worker.terminate()
-    half = len(moments) // 2
-    steps = np.diff(moments[half:])
-    figures = {"per_second": 1 / float(np.mean(steps)), "median_ms": 1000 * statistics.median(steps.tolist())}
+    steps = np.diff(moments[exchanges // 2 - 1 :])
+    passed = {key: (value - half[0].get(key, 0)) / len(steps) for key, value in end.items()}
     if counted:
-        figures["up"] = (counter.up - before[0]) / (nodes * exchanges)
-        figures["down"] = (counter.down - before[1]) / (nodes * exchanges)
-    return figures
+        return {key: passed[key] / nodes for key in sorted(counter.counts)}
+    return {
+        "per_second": 1 / float(np.mean(steps)),
+        "median_ms": 1000 * statistics.median(steps.tolist()),
+        "server_cpu_ms": 1000 * passed["server"],
+        "nodes_cpu_ms": 1000 * passed["nodes"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--exchanges", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     for counted in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            figures = measure(options.nodes, options.exchanges, Path(folder), counted=counted)
+            sizes = options.nodes, options.exchanges, options.processes
+            figures = measure(*sizes, Path(folder), counted=counted)
         print(json.dumps({"counted": counted} | {name: round(value, 2) for name, value in figures.items()}))
 
 

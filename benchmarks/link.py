@@ -1,7 +1,8 @@
 """What the link costs: `.venv/bin/python benchmarks/link.py [--stock]`, from the repository root; two to four minutes.
 
-Server and nodes are processes of their own on this machine; nobody trains, and links are without TLS. `--stock` measures
-rounds of the same size over Flower's own SuperLink and two SuperNodes, which takes some minutes more.
+Server and nodes are processes of their own on this machine; nobody trains. Links are as they are in use: TLS 1.3, with a
+certificate for each node, which the server looks up in its store. `--stock` measures rounds of the same size over
+Flower's own SuperLink and two SuperNodes, without TLS, which takes some minutes more.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import re
 import select
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -18,27 +20,34 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import grpc
 import psutil
 
+from fedapt.client.dialling import channel_of
 from fedapt.client.duties import Duties
+from fedapt.client.enrolment import SiteKeys
 from fedapt.client.kept import Kept
 from fedapt.client.link import Backoff, Link
+from fedapt.client.site import Server as Address
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
+from fedapt.protocols.identity import SUITES
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
-from fedapt.server.link.doors import OpenDoor
+from fedapt.server.authority import Authority, server_credentials
+from fedapt.server.link.doors import CertifiedDoor
 from fedapt.server.link.grid import LinkGrid
 from fedapt.server.link.hub import Hub
+from fedapt.server.registry import Registry
+from fedapt.server.store import SqliteStore
 
 TINY, LARGE = 100, 20_000_000
 CROWD, PER_PROCESS = 300, 50
-HALF_OPEN = 500
+HALF_OPEN, CLAIMS = 500, 100
 
 
 class Echo:
@@ -53,27 +62,44 @@ class Echo:
         return body
 
 
-def attend(port: int, first: int, count: int) -> None:
+@contextmanager
+def enrolled(nodes: int) -> Iterator[Path]:
+    """The folder of a federation that so many nodes have joined: its authority and store, and the keys of each node."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        authority = Authority.create(folder / "certificates", ["127.0.0.1"])
+        store = SqliteStore(folder / "store.sqlite")
+        registry = Registry(store.engine)
+        for node in range(nodes):
+            token = authority.issue_token(f"site-{node}", "127.0.0.1:1", timedelta(hours=1))
+            registry.add_token(token)
+            site = SiteKeys.make(folder / str(node))
+            chain, _ = registry.redeem(token.peer, site.request(), authority.certify)
+            site.accept(chain, token.roots_pem)
+        store.close()
+        yield folder
+
+
+def attend(port: int, folder: Path, first: int, count: int) -> None:
     """`count` nodes in this process."""
 
-    def channel() -> grpc.aio.Channel:
-        options = [("grpc.max_receive_message_length", link.FRAME_BYTES), ("grpc.use_local_subchannel_pool", 1)]
-        return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
-
-    async def run(folder: Path) -> None:
+    async def run() -> None:
         links = []
-        for name in range(first, first + count):
-            duties = Duties(Echo(), Kept(folder / str(name)))
-            links.append(Link(channel, duties, backoff=Backoff(most=10.0), metadata=[(link.NAME_KEY, f"site-{name}")]))
+        for node in range(first, first + count):
+            keys = folder / str(node)
+            duties = Duties(Echo(), Kept(keys / "results"))
+            channel = channel_of(Address(address=f"127.0.0.1:{port}", keys=keys))
+            links.append(Link(channel, duties, backoff=Backoff(most=10.0)))
         await asyncio.gather(*(link.run() for link in links))
 
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(run(Path(folder)))
+    asyncio.run(run())
 
 
-def serve(port: int) -> None:
+def serve(port: int, folder: Path) -> None:
     """Say how many nodes are here whenever that changes; do rounds as stdin asks: nodes, rounds, bytes."""
-    with Hub(f"127.0.0.1:{port}", OpenDoor(), credentials=None) as hub:
+    authority = Authority.load(folder / "certificates")
+    door = CertifiedDoor(authority, Registry(SqliteStore(folder / "store.sqlite").engine))
+    with Hub(f"127.0.0.1:{port}", door, credentials=server_credentials(authority)) as hub:
         said = -1
         while True:
             if len(hub.nodes()) != said:
@@ -108,8 +134,8 @@ def say(**what: Any) -> None:
 
 
 class Server:
-    def __init__(self, port: int) -> None:
-        self.process = spawn("serve", port)
+    def __init__(self, port: int, folder: Path) -> None:
+        self.process = spawn("serve", port, folder)
 
     def hear(self, key: str) -> Any:
         assert self.process.stdout is not None
@@ -131,7 +157,7 @@ class Server:
 
 def spawn(*arguments: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-P", __file__, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRPC_SSL_CIPHER_SUITES": SUITES}  # TLS 1.3 alone
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -152,17 +178,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def federation(nodes: int, per_process: int = 1, through: int | None = None) -> Iterator[tuple[Server, int]]:
-    """A server and its nodes; `through`: the port of a proxy that listens for them already."""
+def federation(nodes: int, others: int = 0) -> Iterator[tuple[Server, int, Path]]:
+    """A server and its nodes, each in a process. So many others have joined, and are not here."""
     with ExitStack() as stack:
-        port = free_port() if through is None else through
-        server = Server(port)
+        port, folder = free_port(), stack.enter_context(enrolled(nodes + others))
+        server = Server(port, folder)
         stack.enter_context(ended(server.process))
         server.until(0)
-        for first in range(0, nodes, per_process):
-            stack.enter_context(ended(spawn("attend", port, first, per_process)))
+        for node in range(nodes):
+            stack.enter_context(ended(spawn("attend", port, folder, node, 1)))
         server.until(nodes)
-        yield server, port
+        yield server, port, folder
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -175,7 +201,7 @@ def row(what: str, measured: str, asked: str) -> None:
 
 def measure_rounds() -> None:
     for nodes, asked in ((2, ("≤ 25 ms", "≤ 1.0 s")), (8, ("linear", "linear"))):
-        with federation(nodes) as (server, _):
+        with federation(nodes) as (server, _, _):
             server.rounds(nodes, 5, TINY)
             tiny = [1000 * s for s in server.rounds(nodes, 100, TINY)]
             server.rounds(nodes, 1, LARGE)
@@ -220,10 +246,11 @@ def measure_wire() -> None:
     port = free_port()
     counter = Counter(port)
     with ExitStack() as stack:
-        server = Server(port)
+        folder = stack.enter_context(enrolled(1))
+        server = Server(port, folder)
         stack.enter_context(ended(server.process))
         server.until(0)
-        stack.enter_context(ended(spawn("attend", counter.port, 0, 1)))
+        stack.enter_context(ended(spawn("attend", counter.port, folder, 0, 1)))
         server.until(1)
         server.rounds(1, 1, TINY)
         for size in (TINY, 1_000_000, LARGE):
@@ -241,12 +268,13 @@ def measure_wire() -> None:
 def measure_crowd() -> None:
     port = free_port()
     with ExitStack() as stack:
-        server = Server(port)
+        folder = stack.enter_context(enrolled(CROWD))
+        server = Server(port, folder)
         stack.enter_context(ended(server.process))
         server.until(0)
         before = memory(server)
         for first in range(0, CROWD, PER_PROCESS):
-            stack.enter_context(ended(spawn("attend", port, first, PER_PROCESS)))
+            stack.enter_context(ended(spawn("attend", port, folder, first, PER_PROCESS)))
         server.until(CROWD)
         watched, begin, wall = psutil.Process(server.process.pid), None, 20.0
         time.sleep(2)
@@ -267,7 +295,7 @@ def measure_crowd() -> None:
             server.process.wait()
             time.sleep(2)
             begin = time.monotonic()
-            server = Server(port)
+            server = Server(port, folder)
             stack.enter_context(ended(server.process))
             server.until(CROWD)
             back.append(time.monotonic() - begin)
@@ -292,21 +320,33 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
-def claim(name: str) -> bytes:
+def claim() -> bytes:
     """An HTTP/2 stream whose one message says that it has 1 GiB, and then says no more."""
     path = f"/{link.SERVICE}/{link.OPEN}"
     headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "x"), ("te", "trailers")]
-    headers += [("content-type", "application/grpc"), (link.NAME_KEY, name)]
+    headers += [("content-type", "application/grpc")]
     block = b"".join(literal(*header) for header in headers)
     message = b"\0" + (1 << 30).to_bytes(4) + bytes(1000)
     return PREFACE + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 0, 1, message)
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+CLIENT_HELLO = bytes.fromhex("1603010200010001fc0303") + bytes(13)
+"""How the first message of a TLS handshake begins, which has 512 bytes."""
 
 
-def besiege(port: int) -> None:
-    """Keep half-open connections, and as many again whose message claims 1 GiB, for ever; closed ones are replaced."""
+def claiming(port: int, keys: Path) -> socket.socket:
+    """A connection of a node that has joined, and that claims."""
+    context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
+    context.load_cert_chain(keys / "certificate.pem", keys / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    connection = context.wrap_socket(socket.create_connection(("127.0.0.1", port), 20), server_hostname="127.0.0.1")
+    connection.sendall(claim())
+    return connection
+
+
+def besiege(port: int, folder: Path, first: int) -> None:
+    """Keep half-open connections, a fifth of them nodes that claim 1 GiB, for ever; closed ones are replaced."""
     held: dict[int, socket.socket] = {}
     say(here=0)
     while True:
@@ -317,17 +357,20 @@ def besiege(port: int) -> None:
                 if number in held and held[number].recv(1 << 16):
                     continue
                 held.pop(number, socket.socket()).close()
-                held[number] = socket.create_connection(("127.0.0.1", port))
-                held[number].sendall(claim(f"bad-{number}") if number % 5 == 0 else PREFACE[: number % 24])
+                if number < CLAIMS:
+                    held[number] = claiming(port, folder / str(first + number))
+                else:
+                    held[number] = socket.create_connection(("127.0.0.1", port))
+                    held[number].sendall(CLIENT_HELLO[: number % 24])
         time.sleep(0.2)
 
 
 def measure_siege() -> None:
-    with federation(2) as (server, port):
+    with federation(2, others=CLAIMS) as (server, port, folder):
         server.rounds(2, 20, TINY)
         quiet = [1000 * s for s in server.rounds(2, 500, TINY)]
         before = memory(server)
-        with ended(spawn("besiege", port)):
+        with ended(spawn("besiege", port, folder, 2)):
             time.sleep(3)
             loud = [1000 * s for s in server.rounds(2, 500, TINY)]
             growth = memory(server) - before
@@ -458,9 +501,9 @@ def measure_stock() -> None:
 
 def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        role, *numbers = sys.argv[1:]
+        role, port, folder, *numbers = sys.argv[1:]
         roles: dict[str, Callable[..., None]] = {"serve": serve, "attend": attend, "besiege": besiege}
-        roles[role](*map(int, numbers))
+        roles[role](int(port), Path(folder), *map(int, numbers))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stock", action="store_true", help="measure Flower's own transport as well")

@@ -35,8 +35,18 @@ from ..protocols.spec import RunSpec
 from . import bottleneck, nola
 from .blocks import block_of, linear_within, modules_of, refuse_beyond
 
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}
-HEADS = {"sequence-classification": ("classifier", "score"), "image-classification": ("classifier",), "causal-lm": ()}
+TASK_TYPES = {
+    "sequence-classification": "SEQ_CLS",
+    "prompted-classification": "CAUSAL_LM",
+    "causal-lm": "CAUSAL_LM",
+    "image-classification": None,
+}
+HEADS = {
+    "sequence-classification": ("classifier", "score"),
+    "prompted-classification": (),
+    "causal-lm": (),
+    "image-classification": ("classifier",),
+}
 PROMPT = "prompt_embeddings"
 """What `peft` calls the one tensor of a prompt or a prefix where it is saved."""
 
@@ -109,7 +119,7 @@ def _refuse_unfit(spec: RunSpec, base: nn.Module) -> None:
         why, nearest = "a decoder finds the last token of a text by its ids, which a prompt replaces", "prefix"
     elif method == "bias" and not any(name.endswith(".bias") for name in _adaptable(spec, base)):
         where = " in these layers" if layers else ""
-        why, nearest = f"this base has no bias{where}", "ia3" if task == "causal-lm" else "head"
+        why, nearest = f"this base has no bias{where}", "head" if HEADS[task] else "ia3"
     if method in ("bias", "full") and spec.model.precision == "bf16":
         raise ModelError(
             f'model.precision = "bf16" is illegal with adapter.method = "{method}": what is trained is fp32, and it '

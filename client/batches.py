@@ -4,6 +4,7 @@ Batches hold examples of like length, so little is padded. Two nodes visit their
 by quantile), so that the members of a cohort pad little too, although each has its own data.
 """
 
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
@@ -30,14 +31,19 @@ def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: i
         random = generator(derive(seed, "batches", round_, node, epoch))
         near_length = lengths * random.uniform(0.9, 1.1, count)
         by_length = np.array_split(np.argsort(near_length, kind="stable"), epoch_steps)
-        start = generator(derive(seed, "quantiles", round_, epoch)).random()
-        batches += [by_length[i] for i in _quantile_order(epoch_steps, start)]
+        batches += [by_length[i] for i in _order(epoch_steps, seed, round_, epoch)]
     return batches[:steps]
 
 
 def steps_of(count: int, local: Local) -> int:
     """How many steps a node with so many examples takes in a round."""
     return local.steps or ceil(-(-count // local.batch_size) * (local.epochs or 1.0))
+
+
+@lru_cache(maxsize=64)
+def _order(count: int, seed: int, round_: int, epoch: int) -> Indices:
+    """The order of a pass over `count` batches: one for all nodes with as many."""
+    return _quantile_order(count, generator(derive(seed, "quantiles", round_, epoch)).random())
 
 
 def _quantile_order(count: int, start: float) -> Indices:

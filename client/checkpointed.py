@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from .prefix import _blocks
+from .blocks import stacked_blocks
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
     """Let the model's transformer blocks keep no activations; how many there are. The numbers stay the same."""
-    blocks = _blocks(model)
+    blocks = stacked_blocks(model)
     for block in blocks:
         block.forward = _Recomputed(block)
     return len(blocks)

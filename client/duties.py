@@ -11,7 +11,7 @@ from typing import Protocol
 from ..protocols import link
 from ..protocols import link_pb2 as pb
 from ..protocols.blobs import Assembly, digest
-from ..protocols.errors import FedaptError
+from ..protocols.errors import FedaptError, PayloadError
 from ..protocols.outbox import Outbox
 from ..protocols.records import LONGEST_REASON
 from .kept import Kept
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 SHELF_BYTES = 1 << 30
 """Of blobs that nothing asks for at the moment: the run's spec, the last adapters."""
+
+MOST_OPEN = 256
+"""Questions that are open or whose answers the server has not taken. An honest one has a question a run, and an adapter
+to hand over of each run that ended while this node was away."""
 
 
 REST_SECONDS = 1.0
@@ -43,6 +47,9 @@ class Duties:
     A question that was answered before is answered again from disk, and never worked on twice: no example is charged
     twice for an answer that got lost.
 
+    A server that asks without end fills neither memory nor disk: beyond MOST_OPEN questions, or `most_bytes` of all that
+    they name, a further one is refused, and what it was is not kept.
+
     Nothing is begun while `resting` gives a reason; `closed` hears of each question that the server has dealt with.
     """
 
@@ -58,12 +65,13 @@ class Duties:
         self.worker, self.kept, self.most_bytes = worker, kept, most_bytes
         self.resting, self.closed = resting, closed
         self._outbox: Outbox | None = None
+        self._answers: Outbox | None = None
         self._open: dict[bytes, pb.Question] = {}
         self._arriving: dict[bytes, Assembly] = {}
         self._wanted: set[bytes] = set()  # on this stream: what two questions name is sent once
         self._shelf: OrderedDict[bytes, bytes] = OrderedDict()
         self._ready: asyncio.Queue[Callable[[], Callable[[], None]]] = asyncio.Queue()
-        self._started: set[bytes] = set()
+        self._started: dict[bytes, pb.Question] = {}  # queued or worked on, also where it was withdrawn since
         self._payload: tuple[bytes, bytes] = b"", b""
         self.state = "idle"
 
@@ -72,9 +80,12 @@ class Duties:
         """What the server hears in each beat: why nothing is begun, or what is being done."""
         return self.resting() or self.state
 
-    def enter(self, outbox: Outbox) -> None:
-        """A stream is open: announce what is kept. What was not begun the server asks again, if it still wants it."""
-        self._outbox = outbox
+    def enter(self, outbox: Outbox, answers: Outbox | None = None) -> None:
+        """A stream is open: announce what is kept. What was not begun the server asks again, if it still wants it.
+
+        Answers to zeroth-order frames go to `answers`, bare, or without it to `outbox`, framed.
+        """
+        self._outbox, self._answers = outbox, answers
         self._wanted.clear()
         self._open = {name: question for name, question in self._open.items() if name in self._started}
         for result in self.kept:
@@ -92,8 +103,12 @@ class Duties:
         if found is not None:
             self._put(pb.Up(result=found[0]))
             return
+        reason = self._too_much(question)
         self._open[question.id] = question
-        self._begin(question)
+        if reason:
+            self._done(_failed(question, reason), b"")
+        else:
+            self._begin(question)
 
     def chunk(self, chunk: pb.Chunk) -> None:
         assembly = self._arriving.get(chunk.sha256)
@@ -130,6 +145,9 @@ class Duties:
         self.closed(received)
 
     def exchange(self, body: bytes) -> None:
+        """Raises PayloadError where too much waits: each frame has to be answered, so the stream ends instead."""
+        if self._ready.qsize() >= 2 * MOST_OPEN:
+            raise PayloadError(f"{self._ready.qsize()} questions and frames wait for this node")
         self._ready.put_nowait(partial(self._exchange, body, self._outbox))
 
     async def run(self) -> None:
@@ -153,23 +171,24 @@ class Duties:
         """Ask for the blobs that are missing; queue the question when there are none."""
         missing = [blob for blob in (question.spec, question.payload) if not self._known(blob)]
         for blob in missing:
-            if blob.size > self.most_bytes:
-                self._refuse(question, f"a blob of {blob.size} bytes; at most {self.most_bytes} are taken")
-                return
-        for blob in missing:
             assembly = self._arriving.setdefault(blob.sha256, Assembly(blob.sha256, blob.size))
             if blob.sha256 not in self._wanted:
                 self._wanted.add(blob.sha256)
                 self._want(assembly)
         if not missing:
-            self._started.add(question.id)
+            self._started[question.id] = question
             spec, payload = self._shelf[question.spec.sha256], self._shelf[question.payload.sha256]
             self._ready.put_nowait(partial(self._work, question, spec, payload))
 
-    def _refuse(self, question: pb.Question, reason: str) -> None:
-        result = _failed(question, reason)
-        self.kept.keep(result, b"")
-        self._done(result, b"")
+    def _too_much(self, question: pb.Question) -> str:
+        """Why there is no room for one question more; empty where there is."""
+        held = {question.id: question} | self._open | self._started
+        if (count := len(held) + len(self.kept)) > MOST_OPEN:
+            return f"{count} questions are open, or answered and not acknowledged; at most {MOST_OPEN} are taken"
+        sizes = {blob.sha256: blob.size for one in held.values() for blob in (one.spec, one.payload)}
+        if (named := sum(sizes.values())) > self.most_bytes:
+            return f"open questions name {named} bytes; at most {self.most_bytes} are taken"
+        return ""
 
     def _known(self, blob: pb.Blob) -> bool:
         if blob.inline or blob.size == 0:
@@ -216,12 +235,12 @@ class Duties:
         return partial(self._done, result, answer)
 
     def _skipped(self, question: bytes) -> None:
-        self._started.discard(question)
+        self._started.pop(question, None)
         if question in self._open:  # asked again meanwhile
             self._begin(self._open[question])
 
     def _done(self, result: pb.Result, payload: bytes) -> None:
-        self._started.discard(result.question)
+        self._started.pop(result.question, None)
         if self._open.pop(result.question, None) is None:  # withdrawn while it was worked on
             self.kept.drop(result.question)
             return
@@ -233,8 +252,12 @@ class Duties:
 
     def _answered(self, answer: bytes, outbox: Outbox | None) -> None:
         """The server counts answers on each stream: one that was asked over another is not told."""
-        if outbox is self._outbox:
+        if outbox is not self._outbox:
+            return
+        if self._answers is None:
             self._put(pb.Up(answer=pb.Answer(body=answer)))
+        else:
+            self._answers.put(answer)
 
     def _want(self, assembly: Assembly) -> None:
         self._put(pb.Up(want=pb.Want(sha256=assembly.sha256, offset=assembly.have)))

@@ -53,6 +53,9 @@ units = ["example"]             # noise is added here, before anything leaves; "
 recipes = ["ffa", "fedsvd"]
 public = []                     # adapter.public is read without noise: list the sources that anybody may see
 most_steps = 100                # of one round; a run must then state local.steps
+# most_batch = 1024             # examples of one step
+# most_length = 4096            # tokens of one example
+# hub = ["FacebookAI/roberta-base"]  # bases that may be downloaded; `fedapt client import` takes one from a folder
 
 least_noise = 0.6               # standard deviation ÷ sensitivity
 most_clip = 1.0                 # L2 norm of one example's gradient
@@ -60,7 +63,8 @@ most_epsilon_per_run = 3.0
 most_epsilon = 8.0              # over all runs of all servers: what is charged is never given back
 delta = 1e-6                    # below 1 / the number of people
 
-# The SHA-256 of the base in its precision, as a run's description names it. Pin the one that you have looked at.
+# The SHA-256 of the base in its precision, as a run's description names it. Pin the one that you have looked at; it must
+# then be here before a run asks for it.
 # base = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 """
 
@@ -146,6 +150,15 @@ class SiteKeys:
         with parsing(f"{self.folder / _CERTIFICATE}"):
             certificate = x509.load_pem_x509_certificate(self.chain_pem)
         return is_due(certificate, now)
+
+    def require_valid(self, now: datetime) -> None:
+        """Raises TrustError where the certificate has run out: then no renewal helps, and the site joins again."""
+        if now >= (expires := self.peer.expires):
+            raise TrustError(
+                f"this site's certificate expired on {expires:%Y-%m-%d %H:%M} UTC, and one that has is not renewed. Way "
+                "out: ask the operator for a new token, then `fedapt client join TOKEN` in the same folder: the site "
+                "keeps its key, its client.toml and its ledger, and stays the same node"
+            )
 
     def _read(self, name: str) -> bytes:
         try:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from ..protocols.errors import DataError, ModelError
@@ -58,6 +57,8 @@ class Directions:
         kept = min(keep, *stacked.shape)
         if kept == 0:
             return self
+        from sklearn.utils.extmath import randomized_svd  # takes as long to import as everything else together
+
         # The key is fixed, because any start of the iteration will do that is not orthogonal to the answer.
         _, values, vectors = randomized_svd(stacked, kept, random_state=0)
         return Directions(values, vectors)

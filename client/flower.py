@@ -122,7 +122,7 @@ def _site(folder: Path) -> Site:
 @lru_cache(maxsize=1)  # two models at once may not fit
 def _loaded(folder: Path, text: str, node: int) -> Loaded:
     site, spec = _site(folder), RunSpec.model_validate_json(text)
-    _require_allowed(site.policy.problems(spec, None))
+    _require_allowed(site.problems(spec))
     if site.train.threads is not None:
         torch.set_num_threads(site.train.threads)
     found = load(site, spec, node, SiteAccounts(folder / ACCOUNTS, _number(site)))

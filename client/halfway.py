@@ -6,10 +6,12 @@ before never left the site, so the charge is more than was spent and never less.
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .stopped import StoppedWork
+
+logger = logging.getLogger(__name__)
 
 PARAMETER, LOSSES = "parameter:", "losses"
 
@@ -36,6 +40,8 @@ class Point:
 class Halfway:
     """One file with the last Point of one piece of work, written every `seconds` (0: after each step).
 
+    Where it cannot be written the training goes on: more of it is lost if this machine goes down, and nothing else.
+
     Formal guarantees: on one machine, training that was cut off anywhere and goes on gives the bytes of training that was
     not.
     """
@@ -44,6 +50,7 @@ class Halfway:
         self.path, self.seconds, self.clock = path, seconds, clock
         self._about = b""
         self._last = clock()
+        self._failing = False
         self._stopped = threading.Event()
 
     def begin(self, about: bytes) -> None:
@@ -75,17 +82,34 @@ class Halfway:
         """A step has ended. Raises StoppedWork after `stop`."""
         stopped = self._stopped.is_set()
         if stopped or self.clock() - self._last >= self.seconds:
-            self._keep(key, point())
+            self._try_to_keep(key, point())
             self._last = self.clock()
         if stopped:
             raise StoppedWork
+
+    def _try_to_keep(self, key: bytes, point: Point) -> None:
+        """A disk that is full is said once, until it is not."""
+        try:
+            self._keep(key, point)
+        except (OSError, SafetensorError) as error:
+            if not self._failing:
+                logger.warning("%s: the state of a long round cannot be kept (%s); training goes on", self.path, error)
+            self._failing = True
+            with suppress(OSError):  # what was written of it would fill the disk
+                self._new.unlink(missing_ok=True)
+        else:
+            self._failing = False
+
+    @property
+    def _new(self) -> Path:
+        return self.path.with_suffix(".new")
 
     def _keep(self, key: bytes, point: Point) -> None:
         tensors = {PARAMETER + name: value for name, value in point.values.items()} | {LOSSES: point.losses}
         for name, state in point.states.items():
             tensors |= {f"state:{name}:{part}": value for part, value in state.items()}
         facts = {"of": self._of(key), "steps": str(point.steps), "names": json.dumps(list(point.values))}
-        new = self.path.with_suffix(".new")
+        new = self._new
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, metadata=facts)
         with new.open("rb") as file:
             os.fsync(file.fileno())

@@ -55,6 +55,9 @@ class Kept:
     def drop(self, question: bytes) -> None:
         self._path(question).unlink(missing_ok=True)
 
+    def __len__(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.result"))
+
     def __iter__(self) -> Iterator[pb.Result]:
         """All that are kept, oldest first."""
         for path in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):

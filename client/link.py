@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import math
 import random
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,10 +29,15 @@ SILENT_BEATS = 4
 BROKEN = (grpc.aio.AioRpcError, PayloadError, TimeoutError, OverflowError, asyncio.InvalidStateError)
 """What ends a stream and not the node; the last is gRPC's for a write to a call that has just ended."""
 
+BRISK_SECONDS = 20.0
+"""Answers that come at least so often have a connection of their own: it never falls silent for long, and the bytes that it
+saves soon pay for its opening."""
+
 RENEW_SECONDS = 3600.0
 """How often a node looks whether its certificate is to be renewed."""
 
 Stream = grpc.aio.StreamStreamCall[bytes, bytes]
+Answers = grpc.aio.StreamUnaryCall[bytes, bytes]
 
 
 class RejectedError(FedaptError):
@@ -57,6 +65,9 @@ class Renewal(Protocol):
 
     def accept(self, chain: bytes) -> None:
         """Keep what came of it. Raises PayloadError where it is no certificate of this node."""
+
+    def require_valid(self) -> None:
+        """Raises FedaptError, saying the way out, where the certificate has run out: it cannot be renewed any more."""
 
 
 class Link:
@@ -91,7 +102,11 @@ class Link:
         self._left.set()
 
     async def run(self) -> None:
-        """Stay connected until `leave`, or until cancelled. Raises RejectedError where the server says that no try will help."""
+        """Stay connected until `leave`, or until cancelled.
+
+        Raises RejectedError where the server says that no try will help, and what `renewal.require_valid` raises where no
+        connection comes about.
+        """
         working = asyncio.ensure_future(self.duties.run())
         try:
             await self._connecting(working)
@@ -105,8 +120,12 @@ class Link:
             why = "the server has closed the stream"
             try:
                 await self._connected(working)
+            except RejectedError:
+                await self._require_valid()  # where that is why, it says more
+                raise
             except BROKEN as error:
                 why = _why(error)
+                await self._require_valid()
             if working.done():
                 working.result()
             self.connected(False, self._leaving or why)
@@ -118,6 +137,14 @@ class Link:
             self._tries += 1
             await _first(asyncio.sleep(seconds), self._left.wait())
 
+    async def _require_valid(self) -> None:
+        """TLS tells a node whose certificate has run out nothing, whichever side notices: so it looks for itself.
+
+        It does so only when it was not let in, because its own clock may be what is wrong.
+        """
+        if self.renewal is not None:
+            await asyncio.to_thread(self.renewal.require_valid)
+
     async def _connected(self, working: "asyncio.Future[None]") -> None:
         """One stream, from its Hello to its end."""
         async with self.channel() as channel:
@@ -126,7 +153,7 @@ class Link:
                 welcome = await asyncio.wait_for(self._greeted(stream), HELLO_SECONDS)
                 self._tries = 0
                 self.connected(True, "")
-                await self._serve(stream, welcome.beat_seconds, working)
+                await self._serve(stream, welcome, working)
             finally:
                 stream.cancel()
 
@@ -141,14 +168,17 @@ class Link:
             return frame.welcome
         raise PayloadError("the server's first frame is no Welcome")
 
-    async def _serve(self, stream: Stream, beat: float, working: "asyncio.Future[None]") -> None:
-        outbox = Outbox(lambda chunk: pb.Up(chunk=chunk).SerializeToString())
+    async def _serve(self, stream: Stream, welcome: pb.Welcome, working: "asyncio.Future[None]") -> None:
+        beat = welcome.beat_seconds
+        outbox, answers = (Outbox(lambda chunk: pb.Up(chunk=chunk).SerializeToString()) for _ in range(2))
         jobs = [asyncio.ensure_future(self._reading(stream, SILENT_BEATS * beat))]
         jobs.append(asyncio.ensure_future(self._writing(stream, outbox)))
         jobs.append(asyncio.ensure_future(self._beating(outbox, beat)))
         jobs.append(asyncio.ensure_future(self._renewing(outbox)))
         jobs.append(asyncio.ensure_future(self._departing(outbox)))
-        self.duties.enter(outbox)
+        if welcome.answers:
+            jobs.append(asyncio.ensure_future(self._answering(answers, outbox)))
+        self.duties.enter(outbox, answers if welcome.answers else None)
         try:
             done, _ = await asyncio.wait([*jobs, working], return_when=asyncio.FIRST_COMPLETED)
             if working in done and self._left.is_set():  # called off, because this node leaves
@@ -168,26 +198,32 @@ class Link:
         await asyncio.sleep(FAREWELL_SECONDS)
 
     async def _reading(self, stream: Stream, silence: float) -> None:
-        while True:
-            frame = await asyncio.wait_for(self._read(stream), silence)
-            if frame is None:
-                continue
-            match frame.WhichOneof("frame"):
-                case "question":
-                    self.duties.question(frame.question)
-                case "chunk":
-                    self.duties.chunk(frame.chunk)
-                case "want":
-                    self.duties.want(frame.want)
-                case "received":
-                    self.duties.received(frame.received)
-                case "exchange":
-                    self.duties.exchange(frame.exchange.body)
-                case "renewed" if self.renewal is not None:
-                    await self._renewed(self.renewal, frame.renewed.chain)
-                case "bye":
-                    self._wait = frame.bye.after_seconds
-                    raise PayloadError(f"the server takes its leave: {frame.bye.reason}")
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(silence) as timer:
+            while True:
+                frame = await self._read(stream)
+                timer.reschedule(None)  # what is done here is not the server's silence
+                if frame is not None:
+                    await self._handle(frame)
+                timer.reschedule(loop.time() + silence)
+
+    async def _handle(self, frame: pb.Down) -> None:
+        match frame.WhichOneof("frame"):
+            case "question":
+                self.duties.question(frame.question)
+            case "chunk":
+                self.duties.chunk(frame.chunk)
+            case "want":
+                self.duties.want(frame.want)
+            case "received":
+                self.duties.received(frame.received)
+            case "exchange":
+                self.duties.exchange(frame.exchange.body)
+            case "renewed" if self.renewal is not None:
+                await self._renewed(self.renewal, frame.renewed.chain)
+            case "bye":
+                self._wait = frame.bye.after_seconds
+                raise PayloadError(f"the server takes its leave: {frame.bye.reason}")
 
     async def _read(self, stream: Stream) -> pb.Down | None:
         """The next frame; None for one that is not known here. Raises where the stream has ended."""
@@ -204,6 +240,48 @@ class Link:
     async def _writing(self, stream: Stream, outbox: Outbox) -> None:
         while True:
             await stream.write(await outbox.next())
+
+    async def _answering(self, answers: Outbox, outbox: Outbox) -> None:
+        """Answers to zeroth-order frames: over the stream, or, where they come briskly, over a connection of their own.
+
+        HTTP/2 acknowledges what came down with two WINDOW_UPDATEs of 13 bytes in each write; over a connection down which
+        nothing comes there is nothing to acknowledge.
+        """
+        last, apart = -math.inf, True
+        while True:
+            body = await answers.next()
+            brisk, last = time.monotonic() - last < BRISK_SECONDS, time.monotonic()
+            if brisk and apart:
+                apart = await self._answering_apart(body, answers)
+                if apart:
+                    continue
+            outbox.put(pb.Up(answer=pb.Answer(body=body)).SerializeToString())
+
+    async def _answering_apart(self, body: bytes, answers: Outbox) -> bool:
+        """Send this answer and those that follow it briskly; False, and nothing is sent, where there is no way.
+
+        Raises where the connection breaks later: an answer may be lost with it, and a new stream says so to the server.
+        """
+        async with self.channel() as channel:
+            call: Answers = channel.stream_unary(f"/{link.SERVICE}/{link.ANSWER}")(metadata=self.metadata)
+            try:
+                async with asyncio.timeout(HELLO_SECONDS):
+                    taken = link.TAKEN_KEY in dict(await call.initial_metadata())
+            except BROKEN:
+                taken = False
+            if not taken:
+                return False
+            await call.write(body)
+            loop = asyncio.get_running_loop()
+            with suppress(TimeoutError):  # no answer came for so long
+                async with asyncio.timeout(BRISK_SECONDS) as timer:
+                    while True:
+                        body = await answers.next()
+                        timer.reschedule(None)
+                        await call.write(body)
+                        timer.reschedule(loop.time() + BRISK_SECONDS)
+            await call.done_writing()
+        return True
 
     async def _beating(self, outbox: Outbox, seconds: float) -> None:
         while True:

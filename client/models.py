@@ -45,13 +45,15 @@ from .adapters import (
 )
 from .bottleneck import BottleneckConfig
 from .eva import start_from_public
+from .first_token import read_first_token
 from .frozen import add_frozen
 from .nola import NolaConfig
-from .tasks import CausalLanguageModel, ImageClassification, SequenceClassification, Task
+from .tasks import CausalLanguageModel, ImageClassification, SequenceClassification, Task, prompted
 
 CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
+    "prompted-classification": AutoModelForCausalLM,
     "image-classification": AutoModelForImageClassification,
 }
 
@@ -81,7 +83,10 @@ def load_model(spec: RunSpec, quantize: Quantize = "none") -> AdaptedModel:
         orthonormalize_factors(adapted)
     elif initial_a(spec) == "eva":
         start_from_public(adapted, spec)
-    return add_frozen(adapted, recipe_of(spec), spec)
+    adapted = add_frozen(adapted, recipe_of(spec), spec)
+    if isinstance(task, SequenceClassification):
+        read_first_token(model)
+    return adapted
 
 
 def base_folder(base: str) -> str:
@@ -98,7 +103,8 @@ def base_folder(base: str) -> str:
 def _load_base(spec: RunSpec, folder: str, quantize: Quantize) -> tuple[nn.Module, list[str]]:
     """The base in its precision, and the names of the parameters that its checkpoint lacks."""
     auto = CLASSES[spec.model.task]
-    extra: dict[str, Any] = {} if spec.model.labels is None else {"num_labels": spec.model.labels}
+    labels = None if auto is AutoModelForCausalLM else spec.model.labels
+    extra: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     if quantize != "none":
         extra |= {"quantization_config": _quantization(quantize), "device_map": {"": 0}}
     if spec.model.precision == "bf16" and not torch.cuda.is_available():
@@ -106,7 +112,7 @@ def _load_base(spec: RunSpec, folder: str, quantize: Quantize) -> tuple[nn.Modul
     dtype = torch.bfloat16 if spec.model.precision == "bf16" else torch.float32
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        changes_head = spec.model.labels is not None and config.num_labels != spec.model.labels
+        changes_head = labels is not None and config.num_labels != labels
         base, info = auto.from_pretrained(
             folder,
             trust_remote_code=False,
@@ -224,6 +230,8 @@ def _load_task(spec: RunSpec, folder: str) -> Task:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if spec.model.task == "prompted-classification":
+        return prompted(tokenizer, spec.model)
     kind = SequenceClassification if spec.model.task == "sequence-classification" else CausalLanguageModel
     return kind(tokenizer, spec.model.max_length, tokenizer.pad_token_id or 0)
 

@@ -3,13 +3,18 @@
 | clause                               | holds a task to                              | checked                      |
 |--------------------------------------|----------------------------------------------|------------------------------|
 | `units`, `recipes`, `public`, `base` | what the site chose                          | before anything is computed  |
-| `most_clip`, `most_steps`, `delta`   | what the spec states                         | before anything is computed  |
+| `most_clip`, `delta`                 | what the spec states                         | before anything is computed  |
+| `most_steps`, `most_epochs`,         |                                              |                              |
+| `most_batch`, `most_length`,         |                                              |                              |
+| `most_rounds`                        | what the spec states                         | before anything is computed  |
+| `hub`                                | what this machine may download               | before anything is fetched   |
 | `least_noise`                        | what the spec states, and what is solved for | before a round is trained    |
 | `most_epsilon_per_run`               | the site's ledger, rows of the run           | in the transaction that      |
 | `most_epsilon`                       | the site's ledger, all rows                  | charges a round              |
 
-A clause that is not there allows everything: an empty table changes nothing. A table that is not there is an error,
-because a misspelt `[polcy]` would allow everything too.
+A clause on privacy that is not there allows everything. Those on the work have limits by default that are far above what
+anybody means, so that no server keeps this machine busy without end, and nothing is fetched that the site has not named.
+A table that is not there is an error, because a misspelt `[polcy]` would allow everything too.
 """
 
 import logging
@@ -30,6 +35,10 @@ logger = logging.getLogger(__name__)
 Unit = Literal["none", "example", "client"]
 # Strict: `true` is no number here, and neither is "1".
 Bound = Annotated[PositiveFloat, Field(strict=True)]
+Whole = Annotated[Positive, Field(strict=True)]
+
+MOST_STEPS = 100_000
+"""Of one round, where the site does not say: days of work."""
 
 LEAST_CLIP = 2.0**-100
 """The smallest clip that a spec can state."""
@@ -49,7 +58,13 @@ class Policy(Section):
     no clause; a hospital writes ["example"]. Seeded noise protects nobody and counts as `none`.
     `recipes`: names; `public`: what may be read as `adapter.public` (by default anything, and nothing where `none` is
     not allowed: A would be made from it without noise); `base`: the SHA-256 that `AdaptedModel.base_digest` gives,
-    which depends on `model.precision`; `most_steps`: of one round.
+    which depends on `model.precision`.
+
+    `most_steps`: of one round, which must then be stated; without it, `most_epochs` holds what is trained by passes over
+    the data. `most_batch`: examples of one step; `most_length`: tokens of one; `most_rounds`: of one run.
+
+    `hub`: names of bases and of public data that may be downloaded, or true for any. What `[model.bases]` and `public`
+    have needs no entry. A pinned `base` is never downloaded, because its hash could only be looked at afterwards.
 
     `least_noise` (standard deviation ÷ sensitivity), `most_clip` (L2 norm of one example's gradient) and the caps on ε
     are on what this site adds and charges itself, so any of them leaves the unit `example` alone. `most_epsilon` is over
@@ -64,7 +79,12 @@ class Policy(Section):
     recipes: tuple[Annotated[str, AfterValidator(_known)], ...] = tuple(RECIPES)
     public: tuple[str, ...] | None = None
     base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    most_steps: Annotated[Positive, Field(strict=True)] | None = None
+    hub: Annotated[bool, Field(strict=True)] | tuple[str, ...] = False
+    most_steps: Whole | None = None
+    most_epochs: Bound = 1000.0
+    most_batch: Whole = 16_384
+    most_length: Whole = 65_536
+    most_rounds: Whole = 1_000_000
     least_noise: Bound | None = None
     most_clip: Bound | None = None
     most_epsilon_per_run: Bound | None = None
@@ -149,8 +169,21 @@ class Policy(Section):
             *self._of_unit(spec.privacy),
             *self._of_recipe(spec),
             *self._of_steps(spec),
+            *self._of_work(spec),
             *self._of_public(spec),
             *self._of_base(spec, base),
+        ]
+
+    def of_download(self, key: str, name: str) -> list[str]:
+        """Why `name`, which a spec has under `key` and which is not on this machine, is not to be downloaded."""
+        if key == "model.base" and self.base is not None:
+            refused = "is not here, and the site pins the SHA-256 of its base, which nobody knows before it is here"
+            return [_problem(f'{key} = "{name}" {refused}', "`fedapt client import` of a folder that holds it")]
+        if self.hub is True or (isinstance(self.hub, tuple) and name in self.hub):
+            return []
+        refused = "would be downloaded, and the site's policy does not name it"
+        return [
+            _problem(f'{key} = "{name}" {refused}', f'`fedapt client import` where it is a base, or hub = ["{name}"]')
         ]
 
     def require_noise(self, multiplier: float) -> None:
@@ -210,12 +243,22 @@ class Policy(Section):
 
     def _of_steps(self, spec: RunSpec) -> list[str]:
         most, steps = self.most_steps, spec.local.steps
-        if most is None or (steps is not None and steps <= most):
+        if most is None and steps is None:
+            return _above("local.epochs", spec.local.epochs or 1.0, "most_epochs", self.most_epochs)
+        most = most or MOST_STEPS
+        if steps is not None and steps <= most:
             return []
         asked = f"local.steps = {steps} is above"
         if steps is None:  # a refusal after counting would tell how much is held here
             asked = "local.steps is not set, so the size of the data decides, beside"
         return [_problem(f"{asked} the site's most_steps = {most}", f"local.steps = {most} or less")]
+
+    def _of_work(self, spec: RunSpec) -> list[str]:
+        return [
+            *_above("local.batch_size", spec.local.batch_size, "most_batch", self.most_batch),
+            *_above("model.max_length", spec.model.max_length, "most_length", self.most_length),
+            *_above("run.rounds", spec.run.rounds, "most_rounds", self.most_rounds),
+        ]
 
     def _of_public(self, spec: RunSpec) -> list[str]:
         source = spec.adapter.public
@@ -238,6 +281,14 @@ class _File(Section):
 
     model_config = ConfigDict(extra="ignore")
     policy: Policy
+
+
+def _above(key: str, asked: float, clause: str, most: float) -> list[str]:
+    if asked <= most:
+        return []
+    return [
+        _problem(f"{key} = {asked:.12g} is above the site's {clause} = {most:.12g}", f"{key} = {most:.12g} or less")
+    ]
 
 
 def _problem(what: str, way_out: str) -> str:

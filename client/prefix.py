@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.cohort import close, tolerance_of, with_gradients
+from .blocks import stacked_blocks
 from .tasks import Examples, Indices, Task
 
 PREFIX = "prefix"
@@ -105,7 +106,7 @@ def frozen_blocks(model: nn.Module, inputs: Mapping[str, Tensor]) -> FrozenBlock
     `inputs` are two or more rows of real data: what depends on a trained tensor is seen from the graph, and whether
     skipping gives the same logits and gradients is tried.
     """
-    blocks = _blocks(model)
+    blocks = stacked_blocks(model)
     frozen = 0
     with _outputs(blocks) as outputs:
         expected = model(**inputs).logits
@@ -212,12 +213,6 @@ def _fixed(task: Task, examples: Examples, rows: Indices, length: int) -> dict[s
 def _on(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in inputs.items()}
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's stack of like blocks: of all module lists, the one with the most parameters."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-    return list(max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
 
 @contextmanager

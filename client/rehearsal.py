@@ -75,7 +75,7 @@ def rehearse(site: Site, spec: RunSpec, node: int = 0) -> Rehearsal:
 
     Raises PrivacyError where the policy objects, SpecError, DataError and ModelError where something does not fit.
     """
-    _require(site.policy.problems(spec, None))
+    _require(site.problems(spec))
     if recipe_of(spec).zeroth:
         raise SpecError(
             f"recipe.name = {spec.recipe.name}: nothing is trained here in a dry run of it; "

@@ -12,8 +12,10 @@ A node that joins late, or has missed a round, does not know all of the federati
 fragment as it comes, and sends nothing until it has seen them all: `fragments` rounds at most.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +23,18 @@ from ..protocols.keys import derive
 from ..protocols.layout import Flat
 from ..protocols.shared import SharedAdapter
 from ..protocols.update import Assignment
+from .shelf import Shelf
 from .tasks import Examples
 from .trainer import Losses, Member, Moments, Trainer
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One node's standing before or after a round: `own` and `outer` are fp32 over the trained layout.
+    """One node's standing before a round or in it: `own` and `outer` are fp32 over the trained layout.
 
-    `unseen` are the names of tensors whose value in the federation the node does not know.
+    `round` is the last that it took part in, 0 for none. `unseen` are the names of tensors whose value in the federation the node does not know.
     """
 
-    run: str
     round: int
     own: Flat
     outer: Flat
@@ -45,7 +47,8 @@ Visit = tuple[Assignment, Replica, Member]
 
 
 class Replicas:
-    """The nodes' standings, in memory alone: about 16 bytes a trained value and node.
+    """The nodes' standings, on a shelf (`client/shelf.py`), of each node those after its last two rounds: 32 bytes a
+    trained value.
 
     Formal guarantees: with one node, one step a round, outer SGD at rate 1, one fragment and mixing 0, the federation
     follows the plain inner optimizer; mixing 1 keeps a node's own tensors, mixing 0 takes the federation's.
@@ -54,12 +57,11 @@ class Replicas:
     def __init__(self, shared: SharedAdapter) -> None:
         self.shared = shared
         self.trained = shared.trained(1)
-        self._now: dict[int, Replica] = {}
-        self._before: dict[int, Replica] = {}
+        self.shelf = Shelf()
 
-    def tables(self) -> tuple[dict[int, Replica], ...]:
+    def tables(self) -> tuple[Any, ...]:
         """All that is kept from round to round, each by node: whoever moves nodes elsewhere takes their entries along."""
-        return self._now, self._before
+        return (self.shelf,)
 
     def arrive(self, asked: Assignment, received: Flat) -> Replica:
         """The node's standing at the start of a round; `received` is fp32 over `shared.delivered(asked.round)`.
@@ -99,27 +101,38 @@ class Replicas:
 
     def leave(self, asked: Assignment, after: Replica) -> Flat | None:
         """Keep the standing after a round; its change over `shared.sent(asked.round)`, None while values are unseen."""
-        self._now[asked.node] = replace(after, run=asked.run, round=asked.round)
+        self.keep(asked, after)
         if after.unseen:
             return None
         return self.trained.cut(after.own - after.outer, self.shared.sent(asked.round))
 
+    def keep(self, asked: Assignment, after: Replica) -> None:
+        """Put down how the node stands after a round."""
+        unseen = np.frombuffer(json.dumps(sorted(after.unseen)).encode(), np.uint8)
+        moments = {"first": after.moments.first, "second": after.moments.second}
+        steps = np.array([after.moments.steps], np.int64)
+        self.shelf.put(asked, {"own": after.own, "outer": after.outer, "unseen": unseen, "steps": steps, **moments})
+
+    def before(self, asked: Assignment) -> Replica:
+        """How the node stood before a round, also where it is asked for again; the start, where it was in none."""
+        found = self.shelf.before(asked)
+        if found is None:
+            return self._start()
+        round_, kept = found
+        moments = Moments(kept["first"], kept["second"], int(kept["steps"][0]))
+        return Replica(round_, kept["own"], kept["outer"], moments, frozenset(json.loads(kept["unseen"].tobytes())))
+
     def _standing(self, asked: Assignment) -> Replica:
-        """Where the node stood before this round: a round that is asked for again starts from there once more."""
-        now = self._now.get(asked.node)
-        if now is None or now.run != asked.run:
-            now = self._start(asked.run)
-        elif now.round >= asked.round:
-            now = self._before.get(asked.node, self._start(asked.run))
-        self._before[asked.node] = now
+        """Where the node begins this round."""
+        now = self.before(asked)
         # What the node's last round moved would have come with the next one; what the last round moved comes now.
         missed = {name for round_ in range(now.round, asked.round - 1) for name in self.shared.sent(round_).offsets}
         return replace(now, unseen=now.unseen | missed)
 
-    def _start(self, run: str) -> Replica:
+    def _start(self) -> Replica:
         start = self.shared.layout.cut(self.shared.start, self.trained)
         nothing = np.zeros_like(start)
-        return Replica(run, 0, start, start, Moments(nothing, nothing))
+        return Replica(0, start, start, Moments(nothing, nothing))
 
 
 def _cut(member: Member, steps: slice) -> Member:

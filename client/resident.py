@@ -133,7 +133,9 @@ class Resident:
 
     def _train(self, spec: RunSpec, asked: Assignment) -> Update:
         started = time.monotonic()
-        objections = self.site.policy.problems(spec, None)
+        objections = self.site.problems(spec)
+        if asked.round > spec.run.rounds:  # else a limit on rounds would be one on what the server says
+            objections.append(f"round {asked.round} of a run of {spec.run.rounds}")
         if objections:
             update = _refused(asked, " ".join(objections))
         else:
@@ -181,7 +183,7 @@ class Resident:
 
     def _allowed(self, spec: RunSpec) -> Loaded:
         """The client of a spec. Raises PrivacyError, if it can without loading a model, where the policy objects."""
-        objections = self.site.policy.problems(spec, None) or self._client(spec).client.objections
+        objections = self.site.problems(spec) or self._client(spec).client.objections
         if objections:
             raise PrivacyError(" ".join(objections))
         return self._client(spec)

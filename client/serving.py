@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def serve(site: Site, folder: Path, save: Save, *, once: bool = False, backoff: Backoff | None = None) -> None:
     """Stay with the server until Ctrl-C or SIGTERM; with `once`, until it has taken the update of one round.
 
-    Raises RejectedError where the server refuses this node for good, TrustError where there is no key to show it.
+    Raises RejectedError where the server refuses this node for good, TrustError where there is no key to show it, or
+    where its certificate has run out.
     """
     if site.train.threads is not None:
         torch.set_num_threads(site.train.threads)
@@ -85,3 +86,6 @@ class Certificate:
 
     def accept(self, chain: bytes) -> None:
         self.keys.accept(chain)
+
+    def require_valid(self) -> None:
+        self.keys.require_valid(datetime.now(UTC))

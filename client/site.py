@@ -93,8 +93,8 @@ class Base(Section):
 class OwnModel(Section):
     """`bases` has, for what specs call a base (or an adapter to start from), the folder where it lies here.
 
-    Ids of the hub and builtin bases need no entry. A name that is a path needs one: a server has no say in which of
-    this machine's files are read.
+    Builtin bases need no entry, and neither do those that `[policy] hub` allows to download. A name that is a path needs
+    one: a server has no say in which of this machine's files are read.
     """
 
     bases: dict[str, Base] = Field(default_factory=dict)
@@ -163,6 +163,16 @@ class Site(Section):
             raise DataError(f'{NAME}: [data] is missing: name what is trained on, for example source = "train.jsonl"')
         return self.data
 
+    def problems(self, spec: RunSpec) -> list[str]:
+        """Why this site takes no part in the run, as far as that is known before anything is loaded or downloaded."""
+        base, public = spec.model.base, spec.adapter.public
+        problems = self.policy.problems(spec, None)
+        if _is_of_hub(base) and self.base_of(base) is None:
+            problems += self.policy.of_download("model.base", base)
+        if public is not None and _is_of_hub(public) and public not in (self.policy.public or ()):
+            problems += self.policy.of_download("adapter.public", public)
+        return problems
+
     def local(self, spec: RunSpec) -> RunSpec:
         """The spec as this site runs it: its bases, its precision. Raises SpecError for a name that has no place here."""
         base, start = self._place("model.base", spec.model.base), spec.adapter.start
@@ -207,6 +217,11 @@ class Site(Section):
         data = self.data and self.data.model_copy(update={key: source(getattr(self.data, key)) for key in paths})
         update: dict[str, Any] = {"server": server, "data": data, "model": OwnModel(bases=bases)}
         return self.model_copy(update=update)
+
+
+def _is_of_hub(name: str) -> bool:
+    """Whether a name in a spec would be looked for in the hub."""
+    return not name.startswith("builtin:") and not _is_path(name)
 
 
 def _is_path(name: str) -> bool:

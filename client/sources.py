@@ -71,7 +71,7 @@ def load_tables(data: Data, model: Model, seed: int) -> Tables:
 def load_table(data: Data, source: str, task: str) -> datasets.Dataset:
     """The rows of `source` (`data.source` or `data.evaluation`), at most `data.limit`, checked.
 
-    Columns by task: `text` and `label` for sequence-classification; `text`, or `prompt` and `response` where the
+    Columns by task: `text` and `label` for sequence- and prompted-classification; `text`, or `prompt` and `response` where the
     spec names them, for causal-lm; `image` and `label` for image-classification. Other columns stay as they are.
     Raises DataError.
     """
@@ -295,7 +295,7 @@ def _faulty_csv(path: Path) -> tuple[int, str] | None:
 
 def _needed(data: Data, task: str) -> dict[str, str]:
     """Canonical name, which is also the key under `data`, ⇒ the column's name in the source."""
-    if task == "sequence-classification":
+    if task in ("sequence-classification", "prompted-classification"):
         return {"text": data.text, "label": data.label}
     if task == "image-classification":
         return {"image": data.image, "label": data.label}

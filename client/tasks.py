@@ -15,7 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 
-from ..protocols.errors import DataError
+from ..protocols.errors import DataError, ModelError
+from ..protocols.spec import Model
 
 IGNORED = -100
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -118,6 +119,11 @@ def _row_labels(examples: Examples, members: Sequence[Array], rows: int) -> Tens
     return torch.from_numpy(labels.ravel())
 
 
+def _labels(table: Dataset) -> Array:
+    """The classes of all rows, (n,) int64."""
+    return np.asarray(table.with_format("numpy", columns=["label"])[:]["label"], np.int64)
+
+
 @dataclass(frozen=True)
 class SequenceClassification:
     """One label for a text. `tokenizer` is any Hugging Face tokenizer; `pad` its padding id."""
@@ -129,7 +135,7 @@ class SequenceClassification:
 
     def encode(self, table: Dataset) -> Examples:
         ids = _tokenize(self.tokenizer, table, "text", self.max_length)
-        return Examples(ids, list(np.asarray(table["label"], np.int64)), np.arange(len(table)))
+        return Examples(ids, list(_labels(table)), np.arange(len(table)))
 
     def collate(self, examples: Examples, members: Sequence[Array]) -> Batch:
         inputs, shapes, rows, _ = _token_batch(examples, members, self.pad)
@@ -150,7 +156,7 @@ class CausalLanguageModel:
     tokenizer: Any
     max_length: int
     pad: int = 0
-    metric: Literal["perplexity"] = "perplexity"
+    metric: Literal["accuracy", "perplexity"] = "perplexity"
 
     def encode(self, table: Dataset) -> Examples:
         return self._dialogues(table) if "prompt" in table.column_names else self._texts(table)
@@ -203,6 +209,79 @@ class CausalLanguageModel:
 
 
 @dataclass(frozen=True)
+class PromptedClassification(CausalLanguageModel):
+    """One label for a text, asked of a language model: which of its `verbalizers` follows the prompt (MeZO, arXiv
+    2305.17333, appendix E; LM-BFF, arXiv 2012.15723, §3).
+
+    The loss is the cross-entropy over the verbalizers' first tokens, `words`, at the prompt's last position; all other
+    tokens are left out of the softmax. A text that is too long loses its end, never the template.
+    """
+
+    template: str = "{text}"
+    words: tuple[int, ...] = ()
+    metric: Literal["accuracy", "perplexity"] = "accuracy"
+
+    def encode(self, table: Dataset) -> Examples:
+        before, after = self.template.split("{text}")
+        tail = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        if len(tail) >= self.max_length:
+            raise DataError(
+                f"model.max_length = {self.max_length} leaves no room for a text: what follows {{text}} in model.template "
+                f"has {len(tail)} tokens. Choose a larger max_length."
+            )
+        inputs = []
+        for text in table["text"]:
+            ids = self.tokenizer(before + text + after, verbose=False)["input_ids"]
+            if ids[-1] == self.tokenizer.eos_token_id:  # what follows an end is no answer
+                ids = ids[:-1]
+            if len(ids) > self.max_length:
+                ids = ids[: self.max_length - len(tail)] + ids[len(ids) - len(tail) :]
+            inputs.append(np.array(ids, np.int64))
+        return Examples(inputs, list(_labels(table)), np.arange(len(table)))
+
+    def collate(self, examples: Examples, members: Sequence[Array]) -> Batch:
+        inputs, shapes, rows, length = _token_batch(examples, members, self.pad)
+        labels = np.full((len(members), rows, length), IGNORED, np.int64)
+        for m, own in enumerate(members):
+            labels[m, np.arange(len(own)), examples.lengths[own] - 1] = [examples.labels[i] for i in own]
+        return Batch(inputs, torch.from_numpy(labels.reshape(-1, length)), shapes)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _token_losses(logits[..., list(self.words)], labels)
+
+
+def prompted(tokenizer: Any, model: Model) -> PromptedClassification:
+    """The task of a spec with a template. Raises ModelError where the verbalizers' first tokens do not tell them apart."""
+    template = str(model.template)
+    words = tuple(_first_token(tokenizer, template, verbalizer) for verbalizer in model.verbalizers)
+    if len(set(words)) < len(words) or tokenizer.unk_token_id in words:
+        shown = ", ".join(f"{v!r} ({tokenizer.decode([w])!r})" for v, w in zip(model.verbalizers, words, strict=True))
+        raise ModelError(
+            f"model.verbalizers: the first tokens of {shown} do not tell them apart, and the loss looks at no more. "
+            "Choose words that begin with different tokens; where the first token is the space before a word, let "
+            "model.template end with one."
+        )
+    return PromptedClassification(
+        tokenizer, model.max_length, tokenizer.pad_token_id or 0, template=template, words=words
+    )
+
+
+def _first_token(tokenizer: Any, template: str, verbalizer: str) -> int:
+    """What a verbalizer begins with where it follows the template: a word alone may have other tokens."""
+    context = "a" + template.split("{text}")[1]
+    gap = "" if context[-1].isspace() else " "
+    before, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + gap + verbalizer)
+    )
+    if whole[: len(before)] != before or len(whole) == len(before):
+        raise ModelError(
+            f"model.template = {template!r}: the tokenizer makes one token of its end and of the verbalizer "
+            f"{verbalizer!r}. Let it not end with a space; one is put between the two."
+        )
+    return int(whole[len(before)])
+
+
+@dataclass(frozen=True)
 class ImageClassification:
     """One label for an image. `processor` is any Hugging Face image processor."""
 
@@ -214,7 +293,7 @@ class ImageClassification:
         for start in range(0, len(table), 256):
             images = [image.convert("RGB") for image in table[start : start + 256]["image"]]
             pixels += list(self.processor(images, return_tensors="np")["pixel_values"].astype(np.float32))
-        return Examples(pixels, list(np.asarray(table["label"], np.int64)), np.arange(len(table)))
+        return Examples(pixels, list(_labels(table)), np.arange(len(table)))
 
     def collate(self, examples: Examples, members: Sequence[Array]) -> Batch:
         rows = max(len(own) for own in members)
@@ -246,4 +325,6 @@ def _tokenize(tokenizer: Any, table: Dataset, column: str, max_length: int | Non
     encoded = table.map(
         encode, batched=True, batch_size=64, remove_columns=table.column_names, new_fingerprint=fingerprint
     )
-    return [np.asarray(ids, np.int64) for ids in encoded.with_format("numpy")["ids"]]
+    ids = encoded.with_format("arrow")[:]["ids"].combine_chunks()  # at once: row by row takes longer than tokenizing
+    bounds = np.cumsum(ids.value_lengths().to_numpy())
+    return np.split(ids.flatten().to_numpy().astype(np.int64), bounds[:-1]) if len(bounds) else []

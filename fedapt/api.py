@@ -14,7 +14,9 @@ from .protocols.errors import DataError, ModelError, SpecError
 from .protocols.legality import initial_a, recipe_of
 from .protocols.spec import RunSpec
 from .server.store import MemoryStore
+from .sim.clock import with_clock
 from .sim.federation import Federation
+from .sim.grid import LocalGrid
 from .simulation import Result, coordinate
 
 Items = Sequence[Mapping[str, Any]]
@@ -61,7 +63,8 @@ def simulate(
     spec = RunSpec.check(raw, where="simulate()")
     federation = _federation(spec, model, clients, evaluation)
     evaluate = federation.evaluate if evaluation is not None else None
-    outcome = coordinate(spec, federation.client, MemoryStore(), evaluate, watch or Silent())
+    grid = with_clock(LocalGrid(federation.client))
+    outcome = coordinate(spec, federation.client, MemoryStore(), evaluate, watch or Silent(), grid=grid)
     federation.adapted.write(outcome.adapter)
     return Result(spec, outcome, federation)
 

@@ -107,13 +107,19 @@ def _of_the_mechanism(spec: RunSpec, trials: int) -> Audit:
             'privacy.unit = "none": nothing is claimed that could be audited; set unit = "client", or ask for '
             "--membership, which attacks any run"
         )
+    if privacy.unit == "example" and recipe.zeroth:
+        raise SpecError(
+            f'privacy.unit = "example" with {recipe.name}: an audit has no path through what a node does in an exchange. '
+            'Audit the same clip and noise with unit = "client", or ask for --membership'
+        )
     if privacy.unit == "example":
         found = list(step_findings(spec, trials))
         return Audit(recipe.name, spec.wire.codec, "example", None, _step_noise(spec), secret, found)
     path = audited_path(spec, _population(spec))
     found = list(findings(path, trials))
     multiplier = path.event.noise_multiplier
-    return Audit(recipe.name, spec.wire.codec, "client", path.population, multiplier, secret, found)
+    codec = spec.zeroth.code if recipe.zeroth else spec.wire.codec
+    return Audit(recipe.name, codec, "client", path.population, multiplier, secret, found)
 
 
 def _nothing(spec: RunSpec) -> Audit:

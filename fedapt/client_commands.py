@@ -61,7 +61,11 @@ def start(
     log_json: Annotated[bool, typer.Option(help="Log one JSON object a line.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Stay connected and train what the server asks, as far as client.toml allows. Ctrl-C keeps what is done."""
+    """Stay connected and train what the server asks, as far as client.toml allows. Ctrl-C keeps what is done.
+
+    Exit code 2: somebody has to look, because another try ends the same way. The certificate has run out (`fedapt client
+    status` warns a month before; join again with a new token), the site was shut out, or client.toml is wrong.
+    """
     from .protocols.identity import tls13_only
 
     tls13_only()

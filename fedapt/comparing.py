@@ -10,7 +10,21 @@ from .outputs import read_run
 from .presentation import table as text_table
 from .protocols.errors import DataError
 from .protocols.spec import RunSpec
-from .report import Curve, Metric, bytes_moved, heading, metric_of, page, read, seconds_of, table, table_row, traffic
+from .report import (
+    Curve,
+    Metric,
+    bytes_moved,
+    heading,
+    metric_of,
+    page,
+    read,
+    seconds_of,
+    simulated,
+    table,
+    table_row,
+    timing,
+    traffic,
+)
 from .svg import count, duration, measured, size
 
 
@@ -31,9 +45,11 @@ class Run:
     last_aggregation_error: float | None
     effective_rank: float | None
     seconds: float
+    simulated_seconds: float | None = None
 
-    def cells(self, metric: Metric) -> list[str]:
-        """What follows the name, as a person reads it."""
+    def cells(self, metric: Metric, *, clocked: bool = False) -> list[str]:
+        """What follows the name, as a person reads it; `clocked`: the simulated time too."""
+        simulated_time = "–" if self.simulated_seconds is None else duration(self.simulated_seconds)
         errors = (self.mean_aggregation_error, self.last_aggregation_error)
         return [
             self.recipe,
@@ -44,6 +60,7 @@ class Run:
             *("–" if error is None else measured(error, 2) for error in errors),
             "–" if self.effective_rank is None else measured(self.effective_rank, 3),
             duration(self.seconds),
+            *([simulated_time] if clocked else []),
         ]
 
 
@@ -65,21 +82,31 @@ class Comparison:
 
     def text(self) -> str:
         """One line a run."""
-        lines = text_table(self._titles(), [[run.name, *run.cells(self.metric)] for run in self.runs])
+        rows = [[run.name, *run.cells(self.metric, clocked=self._clocked)] for run in self.runs]
+        lines = text_table(self._titles(), rows)
         return f"{lines}\n{self.note}" if self.note else lines
 
     def html(self) -> str:
-        """A page that asks nothing of the network: the table, and the metric against the bytes moved."""
+        """A page that asks nothing of the network: the table, and the metric against bytes moved and simulated time."""
         names = " · ".join(run.name for run in self.runs)
-        body = [table_row(i, run.name, run.cells(self.metric)) for i, run in enumerate(self.runs)]
+        cells = [run.cells(self.metric, clocked=self._clocked) for run in self.runs]
+        body = [table_row(i, run.name, own) for i, (run, own) in enumerate(zip(self.runs, cells, strict=True))]
         parts = [f"<header>\n{heading('Federated fine-tuning runs', names, self.note)}\n</header>"]
         parts += [f'<section id="comparison">\n<h2>Runs</h2>\n{table(self._titles(), body)}\n</section>']
-        if chart := traffic(self.curves, self.metric):
-            parts += [f'<section id="charts">\n<h2>Chart</h2>\n<div class="charts">\n{chart}\n</div>\n</section>']
+        charts = [chart for draw in (traffic, timing) if (chart := draw(self.curves, self.metric))]
+        if charts:
+            drawn = "\n".join(charts)
+            title = "Chart" if len(charts) == 1 else "Charts"
+            parts += [f'<section id="charts">\n<h2>{title}</h2>\n<div class="charts">\n{drawn}\n</div>\n</section>']
         return page(names, parts)
 
+    @property
+    def _clocked(self) -> bool:
+        return any(run.simulated_seconds is not None for run in self.runs)
+
     def _titles(self) -> list[str]:
-        cost = ("Down", "Up", "Bytes moved", "Mean error", "Last error", "Effective rank", "Time")
+        cost = ["Down", "Up", "Bytes moved", "Mean error", "Last error", "Effective rank", "Time"]
+        cost += ["Simulated time"] * self._clocked
         return ["Run", "Recipe", "Rounds", f"Best {self.metric.key}", "In round", *cost]
 
 
@@ -137,4 +164,5 @@ def _run(curve: Curve, metric: Metric, spec: RunSpec, folder: Path) -> Run:
         last_aggregation_error=errors[-1] if errors else None,
         effective_rank=ranks[-1] if ranks else None,
         seconds=sum(seconds_of(curve.rows)),
+        simulated_seconds=simulated(curve.rows),
     )

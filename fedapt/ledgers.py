@@ -1,12 +1,17 @@
 """A privacy ledger for people: its rows, the ε that follows from them, and whether they are as they were written."""
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.orm import Session
 
 from .outputs import STORE
 from .presentation import table
@@ -15,7 +20,7 @@ from .privacy.chain import Chain, Entry, Fault, read_chain
 from .privacy.events import Event, Everyone, FixedSize, MatrixEvent, Poisson, Relation, Unit, from_json
 from .privacy.ledger import Ledger
 from .promise import NOT_PRIVATE
-from .protocols.errors import DataError
+from .protocols.errors import DataError, OutputError
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class Statement:
 
 @dataclass(frozen=True)
 class Shown:
-    """A ledger's rows (of one run, or all) and the statements that follow from them."""
+    """A ledger's rows (of one run, or all) and the statements that follow from them. `path`: a file, or a URL to show."""
 
-    path: Path
+    path: Path | str
     chain: Chain
     entries: Sequence[Entry]
     statements: Sequence[Statement]
@@ -81,9 +86,9 @@ class Shown:
 
 @dataclass(frozen=True)
 class Verified:
-    """Whether a ledger is as it was written, and what its events spend."""
+    """Whether a ledger is as it was written, and what its events spend. `path`: a file, or a URL to show."""
 
-    path: Path
+    path: Path | str
     chain: Chain
     fault: Fault | None
     statements: Sequence[Statement]
@@ -105,8 +110,11 @@ class Verified:
         return "\n\n".join([*lines, *(statement.text() for statement in self.statements), _ending(self.chain)])
 
 
-def show(path: Path, run: str | None, delta: float) -> Shown:
-    """What a ledger holds. Raises DataError for a file without a sound ledger, or without that run, PrivacyError for δ."""
+def show(path: Path | str, run: str | None, delta: float) -> Shown:
+    """What a ledger holds: that of a run's folder, of a file, or of a server's store in PostgreSQL, named by its URL.
+
+    Raises DataError where there is no sound ledger, or not of that run, PrivacyError for δ, OutputError for a URL.
+    """
     file, chain = _read(path)
     if (fault := chain.verify()) is not None:
         raise DataError(f"{file}: {fault}. No ε follows from a broken ledger: restore the file from a sound copy")
@@ -118,8 +126,8 @@ def show(path: Path, run: str | None, delta: float) -> Shown:
     return Shown(file, chain, entries, statements(entries, delta))
 
 
-def verify(path: Path, delta: float, noted: str | None = None) -> Verified:
-    """Recompute the chain and, where it is whole, every ε. Raises DataError for a file without a ledger."""
+def verify(path: Path | str, delta: float, noted: str | None = None) -> Verified:
+    """Recompute the chain and, where it is whole, every ε. Raises DataError for what holds no ledger, OutputError."""
     file, chain = _read(path)
     fault = chain.verify(noted)
     return Verified(file, chain, fault, [] if fault else statements(chain.entries, delta))
@@ -148,9 +156,45 @@ def _content(charged: Counter[str]) -> frozenset[tuple[str, int]]:
     return frozenset(charged.items())
 
 
-def _read(path: Path) -> tuple[Path, Chain]:
-    file = path / STORE if path.is_dir() else path
+def _read(path: Path | str) -> tuple[Path | str, Chain]:
+    if (url := _url(str(path))) is not None:
+        return _read_database(url)
+    file = Path(path) / STORE if Path(path).is_dir() else Path(path)
     return file, read_chain(file)
+
+
+def _url(path: str) -> str | None:
+    """The URL of a database, also where the command line took it for a path, which has one slash where a URL has two."""
+    found = re.fullmatch(r"(postgresql(?:\+\w+)?):(/+)(.*)", path)
+    if found is None:
+        return None
+    scheme, slashes, rest = found.groups()
+    has_host = len(slashes) == 2 or (len(slashes) == 1 and "/" in rest.partition("?")[0])
+    return f"{scheme}://{'' if has_host else '/'}{rest}"
+
+
+def _read_database(where: str) -> tuple[str, Chain]:
+    """The chain in a server's database, neither made nor changed by looking, and its URL without what may be secret."""
+    try:
+        url = make_url(where).set(drivername="postgresql+psycopg")
+        engine = create_engine(url, hide_parameters=True)
+    except (ArgumentError, ValueError):  # their texts repeat the URL
+        raise OutputError(
+            "the URL cannot be read; it looks like postgresql+psycopg://user@host:5432/database"
+        ) from None
+    except ImportError:
+        raise OutputError("a ledger in PostgreSQL needs psycopg; pip install 'fedapt[postgres]'") from None
+    shown = URL.create("postgresql", url.username, None, url.host, url.port, url.database).render_as_string()
+    try:
+        with Session(engine) as session:
+            return shown, Chain.of(session)
+    except DatabaseError as error:
+        reason = " ".join(str(error.orig).split())
+        for secret in filter(None, (url.password, url.query.get("password"))):
+            reason = reason.replace(str(secret), "***")
+        raise DataError(f"{shown}: holds no ledger that can be read ({reason})") from None
+    finally:
+        engine.dispose()
 
 
 _TITLES = ("unit", "relation", "noise ÷ sensitivity", "drawn", "noise")

@@ -16,6 +16,8 @@ from .protocols.legality import rank_of, recipe_of
 from .protocols.shared import SharedAdapter
 from .protocols.spec import RunSpec
 from .server.participation import cohort_size
+from .sim.clock import examples_of
+from .sim.fleet import fleet_of, seconds
 from .sim.partition import partition
 
 ACTIVATIONS_PER_TOKEN = 34
@@ -27,7 +29,8 @@ class Plan:
     """Figures of a run. Bytes are payloads, as the run counts them, those per node a mean over rounds and nodes;
     `exact_total` is False where chance decides who takes part and that changes the totals: then they are expectations. Memory is in bytes; activations are an estimate.
 
-    `longest_segment` is of zeroth-order recipes, whose rounds are exchanges: how many of them a segment of the lattice holds."""
+    `longest_segment` is of zeroth-order recipes, whose rounds are exchanges: how many of them a segment of the lattice holds.
+    `node_seconds` is of a fleet: what a round takes a node of median size, speed and link. Its stragglers take longer."""
 
     recipe: str
     exact: bool
@@ -48,6 +51,7 @@ class Plan:
     memory_activations: int
     privacy: Forecast
     longest_segment: int | None = None
+    node_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,6 +91,7 @@ def plan(spec: RunSpec) -> Plan:
         up_total=round(up * drawn / len(clients)),
         exact_total=spec.run.patience == 0
         and separation is None
+        and spec.fleet is None
         and (spec.participation.sampling == "all" or (spec.participation.sampling == "fixed" and not mixed)),
         memory_weights=weights,
         memory_adapters=4 * own * probes_together(spec)
@@ -95,7 +100,17 @@ def plan(spec: RunSpec) -> Plan:
         memory_activations=_activations(spec, adapted),
         privacy=forecast(spec, [size for size in sizes if size > 0], sent),
         longest_segment=longest,
+        node_seconds=_node_seconds(spec, sorted(size for size in sizes if size > 0), down, up),
     )
+
+
+def _node_seconds(spec: RunSpec, sizes: Sequence[int], down: int, up: int) -> float | None:
+    """Of the median node; `down` and `up` are the bytes of all nodes in all rounds. Raises SpecError as a run would."""
+    fleet = fleet_of(spec)
+    if fleet is None:
+        return None
+    visits = spec.run.rounds * len(sizes)
+    return seconds(fleet, examples_of(sizes[len(sizes) // 2], spec.local), down // visits, up // visits)
 
 
 def _traffic(spec: RunSpec, shared: SharedAdapter, clients: Sequence[int]) -> tuple[int, int]:

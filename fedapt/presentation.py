@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .protocols.methods import METHODS
 from .protocols.recipes import RECIPES, Recipe, recipe_named
-from .svg import size
+from .svg import duration, size
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -42,6 +42,7 @@ def plan_text(plan: "Plan") -> str:
         ),
         ("up", f"{plan.up_per_node:,} bytes a node and round, {size(plan.up_total)} {total} ({plan.up_total:,})"),
         *_lattice(plan),
+        *_clock(plan),
         ("memory", _memory(plan)),
         ("privacy", plan.privacy.text()),
     ]
@@ -55,6 +56,13 @@ def _lattice(plan: "Plan") -> list[tuple[str, str]]:
     return [
         ("lattice", f"a segment holds {plan.longest_segment:,} exchanges whatever nodes send; the next opens by itself")
     ]
+
+
+def _clock(plan: "Plan") -> list[tuple[str, str]]:
+    """A line where the spec has a fleet."""
+    if plan.node_seconds is None:
+        return []
+    return [("clock", f"a round takes the median node {duration(plan.node_seconds)}; stragglers take longer")]
 
 
 def _memory(plan: "Plan") -> str:

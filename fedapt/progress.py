@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .svg import size
+from .svg import duration, size
 
 
 class Watch(Protocol):
@@ -120,4 +120,6 @@ def summary(row: Mapping[str, Any]) -> str:
     parts += [f"{name} {value:.4g}" for name, value in row.get("evaluation", {}).items()]
     if "epsilon" in row:
         parts.append(f"ε {row['epsilon']:.3g}" + ("" if row["private"] else " (NOT private)"))
+    if "simulated_seconds" in row:
+        parts.append(f"clock {duration(row['simulated_seconds'])}")
     return " · ".join(parts)

@@ -18,6 +18,10 @@ Row = Mapping[str, Any]
 Reader = Callable[[Row], float | None]
 
 MOST_OPEN_ROWS = 20
+SIMULATED = "simulated_seconds"
+"""The key of a row of a run with a fleet: what a deployment on it would have taken until then."""
+CLOCK_UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
 _ROUND = Axis("round", whole=True, zero=True)
 LOG_RATIO = 8  # a loss that spans more is drawn on a log scale: on a linear one its end would be flat
 
@@ -148,6 +152,12 @@ def bytes_moved(curve: Curve, *keys: str) -> list[float]:
     return list(accumulate(sum(max(read(row, key) or 0.0, 0.0) for key in keys) for row in curve.rows))
 
 
+def simulated(rows: Sequence[Row]) -> float | None:
+    """Seconds that the run would have taken on its fleet; None where it has none."""
+    clock = [seconds for row in rows if (seconds := read(row, SIMULATED)) is not None]
+    return clock[-1] if clock else None
+
+
 def _header(report: Report, rows: Sequence[Row], metric: Metric) -> str:
     stats = "".join(
         f'<div><dt>{name}</dt><dd class="figure {tone}">{figure}</dd><dd class="detail">{detail}</dd></div>'
@@ -189,6 +199,9 @@ def _stats(report: Report, rows: Sequence[Row], metric: Metric) -> list[tuple[st
     if seconds:
         each = f"{len(seconds):,} rounds, median {duration(median(seconds))}" if len(seconds) > 1 else "1 round"
         stats.append(("Time", duration(sum(seconds)), each, ""))
+    if clock := simulated(rows):
+        lost = sum(read(row, "lost") or 0.0 for row in rows)
+        stats.append(("Simulated time", duration(clock), f"on the spec’s fleet, {count(lost)} updates lost", ""))
     return stats
 
 
@@ -241,6 +254,8 @@ def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
         ("Down", ("bytes_down",), size),
         ("Up", ("bytes_up",), size),
         ("Time", ("seconds",), duration),
+        ("Lost", ("lost",), count),
+        ("Simulated time", (SIMULATED,), duration),
     ]
     columns = [c for c in columns if any(read(row, *c[1]) is not None for row in rows)]
     body = []
@@ -276,7 +291,7 @@ def _spec(spec: str) -> str:
 def _charts(report: Report, metric: Metric) -> str:
     curves = report.curves
     figures = [_loss(curves, report.best_round), _score(curves, metric), traffic(curves, metric), _training(curves)]
-    figures += [_exactness(curves), _clients(report.clients)]
+    figures += [timing(curves, metric), _exactness(curves), _clients(report.clients)]
     drawn = [figure for figure in figures if figure]
     if not drawn:
         return ""
@@ -344,6 +359,26 @@ def traffic(curves: Sequence[Curve], metric: Metric) -> str:
     if any(line.dashed for line in lines):
         caption += " A dashed line is the final value of a comparison that moves no bytes."
     return _figure("traffic", f"{metric.key.capitalize()} for its traffic", chart, caption)
+
+
+def timing(curves: Sequence[Curve], metric: Metric) -> str:
+    """The metric against the simulated clock, of the curves that have one."""
+    most = max((clock for curve in curves if (clock := simulated(curve.rows))), default=0.0)
+    if most == 0:
+        return ""
+    unit, name = next(pair for pair in CLOCK_UNITS if most >= 2 * pair[0] or pair[0] == 1)
+    lines = []
+    for i, curve in enumerate(curves):
+        if simulated(curve.rows) is not None:
+            times = [read(row, SIMULATED) if read(row, "round") else 0.0 for row in curve.rows]
+            pairs = zip(times, map(metric.of, curve.rows), strict=True)
+            points = [(t / unit, v) for t, v in pairs if t is not None and v is not None]
+            lines += [Line(curve.label, points, i)] if points else []
+    if not lines:
+        return ""
+    chart = line_chart(lines, x=Axis(f"{name}, simulated", zero=True), y=metric.axis(lines))
+    caption = "The evaluation against what a deployment on the spec’s fleet would have taken: further left is sooner."
+    return _figure("clock", f"{metric.key.capitalize()} over simulated time", chart, caption)
 
 
 def _training(curves: Sequence[Curve]) -> str:

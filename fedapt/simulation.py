@@ -11,6 +11,7 @@ import numpy as np
 
 from .client.accounts import Accounts
 from .client.evaluation import score
+from .client.shelf import Shelf
 from .outputs import RunFolder, spec_toml
 from .progress import Silent, Watch
 from .promise import Promise, promise
@@ -25,12 +26,17 @@ from .server.exchanges import ZerothCoordinator
 from .server.export import one_adapter, save_adapter
 from .server.grid import NodeGrid
 from .server.store import MemoryStore, Row, SqliteStore, Store
+from .sim.clock import with_clock
 from .sim.federation import Federation, build
-from .sim.grid import LocalGrid
+from .sim.fleet import fleet_of
+from .sim.grid import LocalGrid, VirtualNodes
 from .sim.workers import WorkerGrid, cores, prepare, processes
 
 if TYPE_CHECKING:
     from .client.client import Client
+
+STANDINGS = "nodes.sqlite"
+"""The file in a run's folder of what nodes keep from round to round, where the recipe or the codec has such a thing."""
 
 SCORED_CLIENTS, SCORED_EXAMPLES = 60, 240
 """How many clients the report's spread shows, and how many examples are scored for it in all."""
@@ -104,6 +110,7 @@ def run(
     """
     watch = watch or Silent()
     recipe_of(spec)
+    fleet_of(spec)
     folder = RunFolder(out) if out is not None else None
     watch.say("loading model and data …")
     if engine == "local" and workers != 1:
@@ -113,8 +120,11 @@ def run(
     if folder is not None:
         federation = federation.keeping(Accounts(folder.sites))
     store = SqliteStore(folder.store) if folder else MemoryStore()
+    if folder is not None:
+        keep_on_disk(federation.client, folder.path / STANDINGS, fresh=store.find(spec.run.name) is None)
     with worker_grid(federation.client, workers, engine) as grid:
-        outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder, grid=grid)
+        clocked = with_clock(grid)
+        outcome = coordinate(spec, federation.client, store, federation.evaluate, watch, folder=folder, grid=clocked)
     result = Result(spec, outcome, federation)
     if folder is not None:
         result.save(folder.adapter)
@@ -158,8 +168,17 @@ def coordinate(
     return Outcome(store.rows(spec.run.name), coordinator.description, adapter, complete)
 
 
+def keep_on_disk(client: "Client", path: Path, *, fresh: bool) -> None:
+    """Let what nodes keep from round to round lie in a file, so that a run goes on with it; a `fresh` one with nothing."""
+    for keeper in (client.feedback, client.replicas):
+        if keeper is not None:
+            keeper.shelf = Shelf(path)
+            if fresh:
+                keeper.shelf.clear()
+
+
 @contextmanager
-def worker_grid(client: "Client", workers: int, engine: Literal["local", "ray"]) -> Iterator[NodeGrid]:
+def worker_grid(client: "Client", workers: int, engine: Literal["local", "ray"]) -> Iterator[VirtualNodes]:
     """The nodes of a client as reached through workers; one local worker is this process."""
     if engine == "ray":
         from .sim.ray_workers import actors

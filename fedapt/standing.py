@@ -1,13 +1,14 @@
 """How a site's client stands, read from its folder: nothing is asked of the process that may be running there."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .client.enrolment import SiteKeys
 from .client.site import Site
 from .client.status import is_paused, is_served, read_status
+from .protocols.identity import TrustError
 
 LEDGERS = "accounts"
 
@@ -21,9 +22,9 @@ def standing(folder: Path) -> dict[str, Any]:
     site = Site.load(folder)
     facts["spent"] = _spent(folder, site.policy.delta)
     facts["most_epsilon"] = site.policy.most_epsilon
-    facts["server"], facts["expires"] = site.server.address, None
+    facts["server"], facts["expires"], facts["warning"] = site.server.address, None, None
     if site.server.plaintext is None:
-        facts["expires"] = SiteKeys(site.server.keys).peer.expires.isoformat()
+        facts |= _certificate(SiteKeys(site.server.keys), datetime.now(UTC))
     return facts
 
 
@@ -43,7 +44,24 @@ def standing_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"privacy      epsilon {spent['epsilon']:.4f}{cap} at delta {spent['delta']:g}, over all runs")
     if facts["expires"] is not None:
         lines.append(f"certificate  until {datetime.fromisoformat(facts['expires']):%Y-%m-%d}, renewed by itself")
+    if facts["warning"] is not None:
+        lines.append(f"WARNING      {facts['warning']}")
     return "\n".join(lines)
+
+
+def _certificate(keys: SiteKeys, now: datetime) -> dict[str, str | None]:
+    """When it `expires`, and a `warning` where it is due to be renewed, which a node that is connected does by itself."""
+    expires, warning = keys.peer.expires, None
+    try:
+        keys.require_valid(now)
+        if keys.renewal_due(now):
+            warning = (
+                f"the certificate ends in {(expires - now).days} days, and is renewed only while this site is connected: "
+                "run `fedapt client start` before, or the site has to join again with a new token"
+            )
+    except TrustError as error:
+        warning = str(error)
+    return {"expires": expires.isoformat(), "warning": warning}
 
 
 def _spent(folder: Path, delta: float) -> dict[str, float] | None:

@@ -55,8 +55,10 @@ class Directions:
     @cached_property
     def table(self) -> Words:
         """What the kernels read, uint32 (K, 4): index, stream, low and high half of the key."""
-        columns = np.broadcast_arrays(_word(self.indices), _word(self.streams), *map(np.atleast_1d, halves(self.key)))
-        return np.stack(columns, axis=-1).astype(np.uint32)
+        indices, streams = np.broadcast_arrays(_word(self.indices), _word(self.streams))
+        table = np.empty((indices.size, 4), np.uint32)
+        table[:, 0], table[:, 1], table[:, 2:] = indices, streams, halves(self.key)
+        return table
 
 
 def _word(numbers: npt.ArrayLike) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -13,18 +13,19 @@ from typing import Self
 import numpy as np
 
 from ..protocols.errors import PayloadError, RunError
-from ..protocols.exchange import Step, Terms
+from ..protocols.exchange import DECAYS, Step, Terms
 from .directions import Directions, Floats, Integers
 from .lattice import EXPONENTS, Lattice
 
 _HEAD = struct.Struct("<BIIhQ")
+_SEGMENT = struct.Struct("<hI")
 _DENSE, _POOLED = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
 class Replica:
-    """The state after `number` Steps. `sums` are kept for a pool: for each segment its exponent and, int32 (pool,), what it
-    has added along each direction.
+    """The state after `number` Steps. `sums` are kept for a pool: for each segment its exponent, its decay and, int32
+    (pool,), what it has added along each direction.
 
     Formal guarantees: replicas of one start and one list of Steps have equal `proof`s, and so has one that was read from
     any snapshot on the way.
@@ -33,7 +34,7 @@ class Replica:
     terms: Terms
     lattice: Lattice
     number: int = 0
-    sums: tuple[tuple[int, Integers], ...] = ()
+    sums: tuple[tuple[int, int, Integers], ...] = ()
 
     @classmethod
     def begin(cls, terms: Terms, start: Floats) -> Self:
@@ -52,29 +53,29 @@ class Replica:
         streams, indices, counts = self.terms.applied(step)
         changes = -step.multiplier * counts
         if sums:
-            exponent, before = sums[-1]
+            exponent, decay, before = sums[-1]
             added = before.copy()
             np.add.at(added, indices, changes.astype(np.int32))
-            sums = (*sums[:-1], (exponent, added))
+            sums = (*sums[:-1], (exponent, decay, added))
         if len(counts):
             lattice = lattice.advance(Directions(self.terms.key, streams, indices), changes)
         after = replace(self, lattice=lattice, number=step.number, sums=sums)
         after.require(step.proof)
         return after
 
-    def _in_segment(self, step: Step) -> tuple[Lattice, tuple[tuple[int, Integers], ...]]:
+    def _in_segment(self, step: Step) -> tuple[Lattice, tuple[tuple[int, int, Integers], ...]]:
         """The lattice and the sums in the Step's segment, opened if it is the next one."""
         segment = self.lattice.segment
-        if step.segment == segment.number and step.exponent == segment.exponent:
+        if step.segment == segment.number and step.exponent == segment.exponent and not step.decay:
             return self.lattice, self.sums
         if step.segment != segment.number + 1 or step.exponent not in EXPONENTS:
             raise PayloadError(
-                f"step {step.number} is of segment {step.segment} in units of 2^{step.exponent}, and segment "
-                f"{segment.number} in units of 2^{segment.exponent} is open"
+                f"step {step.number} is of segment {step.segment} in units of 2^{step.exponent} with the decay "
+                f"{step.decay}, and segment {segment.number} in units of 2^{segment.exponent} is open"
             )
         summed = self.terms.pool and len(self.sums) == segment.number
-        fresh = ((step.exponent, np.zeros(self.terms.pool, np.int32)),) if summed else ()
-        return self.lattice.next_segment(step.exponent), (*self.sums, *fresh)
+        fresh = ((step.exponent, step.decay, np.zeros(self.terms.pool, np.int32)),) if summed else ()
+        return self.lattice.next_segment(step.exponent, step.keep), (*self.sums, *fresh)
 
     @property
     def weights(self) -> Floats:
@@ -93,9 +94,9 @@ class Replica:
 
     def snapshot(self) -> bytes:
         """The state as bytes, in its shorter form."""
-        dense, pooled = 8 * len(self.lattice.acc), len(self.sums) * (2 + 4 * self.terms.pool)
+        dense, pooled = 8 * len(self.lattice.acc), len(self.sums) * (_SEGMENT.size + 4 * self.terms.pool)
         if self.sums and pooled < dense:
-            parts = [struct.pack("<h", exponent) + sums.astype("<i4").tobytes() for exponent, sums in self.sums]
+            parts = (_SEGMENT.pack(*head) + added.astype("<i4").tobytes() for *head, added in self.sums)
             return self._head(_POOLED) + b"".join(parts)
         segment = self.lattice.segment
         return self._head(_DENSE) + segment.start.astype("<f4").tobytes() + self.lattice.acc.astype("<i4").tobytes()
@@ -127,16 +128,18 @@ class Replica:
 
     def _pooled(self, body: bytes, segments: int) -> Self:
         pool = self.terms.pool
-        width = 2 + 4 * pool
+        width = _SEGMENT.size + 4 * pool
         if len(body) != segments * width:
             raise PayloadError(f"{len(body)} bytes are not the sums of {segments} segments along {pool} directions")
         lattice, sums = self.lattice, []
         directions = Directions(self.terms.key, 0, np.arange(pool))
         for first in range(0, len(body), width):
-            (exponent,) = struct.unpack_from("<h", body, first)
-            added = np.frombuffer(body, "<i4", pool, first + 2).astype(np.int32)
-            if exponent not in EXPONENTS:
-                raise PayloadError(f"a segment in units of 2^{exponent}, which fp32 does not hold")
-            lattice = lattice.next_segment(exponent).advance(directions, added)
-            sums.append((exponent, added))
+            exponent, decay = _SEGMENT.unpack_from(body, first)
+            added = np.frombuffer(body, "<i4", pool, first + _SEGMENT.size).astype(np.int32)
+            if exponent not in EXPONENTS or decay >= DECAYS:
+                raise PayloadError(
+                    f"a segment in units of 2^{exponent} with the decay {decay}, which fp32 does not hold"
+                )
+            lattice = lattice.next_segment(exponent, 1 - decay / DECAYS).advance(directions, added)
+            sums.append((exponent, decay, added))
         return replace(self, lattice=lattice, sums=tuple(sums))

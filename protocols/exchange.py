@@ -12,7 +12,8 @@ PayloadError.
 
 import struct
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from .spec import RunSpec
 
 PROOF_EVERY = 64
 """Exchanges from one state hash in a Step to the next."""
+
+DECAYS = 2**24
+"""Weight decay comes in units of 1/DECAYS, so that what is kept of a parameter is a number of fp32."""
 
 LONGEST_REASON = 200
 """Bytes of a node's reason that travel."""
@@ -50,8 +54,7 @@ class Terms:
         """
         count = self.directions
         if self.mode == "pool":
-            chosen = self._picks(picks)
-            return np.zeros(count, np.int64), chosen
+            return np.zeros(count, np.int64), self._picks(picks)
         first = slot * count if self.mode == "own" else 0
         return np.full(count, number, np.int64), np.arange(first, first + count)
 
@@ -61,10 +64,11 @@ class Terms:
             counts = _vector(step.body, "<i4", self.directions)
             return *self.probed(step.number, 0), counts
         records = self._records(step.body)
-        counts = np.concatenate([self.code.decode(codes, self.directions) for _, _, codes in records] or [_NOTHING])
-        places = [self.probed(step.number, slot, picks) for slot, picks, _ in records]
-        streams, indices = (np.concatenate([own[i] for own in places] or [_NOTHING]) for i in (0, 1))
-        return streams, indices, counts
+        counts = self.code.decode_rows(records["codes"], self.directions).ravel()
+        if self.mode == "pool":
+            return np.zeros(counts.size, np.int64), self._in_pool(records["picks"]).ravel(), counts
+        indices = records["slot"].astype(np.int64)[:, None] * self.directions + np.arange(self.directions)
+        return np.full(counts.size, step.number, np.int64), indices.ravel(), counts
 
     def body(self, entries: "list[tuple[int, bytes, bytes]]") -> bytes:
         """What a Step holds of nodes' own codes: (slot, picks, codes) each."""
@@ -77,30 +81,30 @@ class Terms:
     @property
     def record(self) -> int:
         """Bytes of one node's codes in a Step."""
-        return 2 + self._picked + self.code.size(self.directions)
+        return self._form.itemsize
 
-    @property
-    def _picked(self) -> int:
-        return 2 * self.directions if self.mode == "pool" else 0
+    @cached_property
+    def _form(self) -> np.dtype[np.void]:
+        """One node's codes in a Step, as `body` packs them."""
+        picked = self.directions if self.mode == "pool" else 0
+        size = self.code.size(self.directions)
+        return np.dtype([("slot", "<u2"), ("picks", "<u2", (picked,)), ("codes", "u1", (size,))])
 
-    def _records(self, body: bytes) -> list[tuple[int, bytes, bytes]]:
+    def _records(self, body: bytes) -> Any:
         if len(body) % self.record:
             raise PayloadError(f"a step of {len(body)} bytes does not hold records of {self.record}")
-        split = 2 + self._picked
-        rows = [body[i : i + self.record] for i in range(0, len(body), self.record)]
-        records = [(int.from_bytes(row[:2], "little"), row[2:split], row[split:]) for row in rows]
-        if len({slot for slot, _, _ in records}) < len(records):
+        records = np.frombuffer(body, self._form)
+        if len(set(records["slot"].tolist())) < len(records):
             raise PayloadError("a step holds two records of one slot")
         return records
 
     def _picks(self, picks: bytes) -> Counts:
-        chosen = _vector(picks, "<u2", self.directions)
+        return self._in_pool(_vector(picks, "<u2", self.directions))
+
+    def _in_pool(self, chosen: np.ndarray[Any, Any]) -> Counts:
         if (chosen >= self.pool).any():
             raise PayloadError(f"direction {chosen.max()} is not in a pool of {self.pool}")
-        return chosen
-
-
-_NOTHING = np.zeros(0, np.int64)
+        return chosen.astype(np.int64)
 
 
 def terms_of(spec: RunSpec) -> Terms:
@@ -117,6 +121,8 @@ class Step:
 
     `segment` counts the segments of the lattice from 1: a new one opens with the step that first names it. `scale` was
     announced for the codes. `proof`, in every PROOF_EVERY-th, is the hash of the state after the step (32 bytes).
+    `decay` is of a step that opens a segment: before anything is added, w is multiplied by 1 − decay·2⁻²⁴, which fp32
+    holds exactly.
     """
 
     number: int
@@ -126,19 +132,31 @@ class Step:
     scale: int
     body: bytes = field(repr=False)
     proof: bytes = b""
+    decay: int = 0
+
+    @property
+    def keep(self) -> float:
+        """What is left of each parameter when the segment opens: 1 without weight decay."""
+        return 1 - self.decay / DECAYS
 
     def to_bytes(self) -> bytes:
-        head = _STEP.pack(self.number, self.segment, self.exponent, self.multiplier, self.scale, len(self.proof))
-        return head + self.proof + self.body
+        holds = len(self.proof) | _HOLDS_DECAY * (self.decay > 0)
+        head = _STEP.pack(self.number, self.segment, self.exponent, self.multiplier, self.scale, holds)
+        return head + self.proof + (_DECAY.pack(self.decay) if self.decay else b"") + self.body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Step":
         """Raises PayloadError where the bytes are no step."""
-        number, segment, exponent, multiplier, scale, proof = _unpacked(_STEP, data)
-        if proof not in (0, 32) or len(data) < _STEP.size + proof:
-            raise PayloadError(f"a step's proof has {proof} bytes, not 0 or 32")
+        number, segment, exponent, multiplier, scale, holds = _unpacked(_STEP, data)
+        proof, decays = holds & ~_HOLDS_DECAY, bool(holds & _HOLDS_DECAY)
         rest = data[_STEP.size :]
-        return cls(number, segment, exponent, multiplier, scale, rest[proof:], rest[:proof])
+        if proof not in (0, 32) or len(rest) < proof:
+            raise PayloadError(f"a step's proof has {proof} bytes, not 0 or 32")
+        (decay,) = _unpacked(_DECAY, rest[proof:]) if decays else (0,)
+        if decays and not 0 < decay < DECAYS:
+            raise PayloadError(f"a decay of {decay} in units of 2^-24: 1 to {DECAYS - 1} are some")
+        body = rest[proof + _DECAY.size * decays :]
+        return cls(number, segment, exponent, multiplier, scale, body, rest[:proof], decay)
 
 
 @dataclass(frozen=True)
@@ -224,6 +242,7 @@ class Answer:
 
 
 _STEP, _EXCHANGE, _LENGTH = struct.Struct("<IHhHbB"), struct.Struct("<IHbfI"), struct.Struct("<I")
+_DECAY, _HOLDS_DECAY = struct.Struct("<I"), 1
 _ANSWER, _SPENT = struct.Struct("<I"), struct.Struct("<f?")
 _NUMBER_BITS = 30
 _KINDS: tuple[Literal["codes", "lost", "refused", "empty"], ...] = ("codes", "lost", "refused", "empty")

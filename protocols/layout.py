@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     role: Role
 
-    @property
+    @cached_property
     def size(self) -> int:
         return prod(self.shape)
 
@@ -108,7 +108,7 @@ class AdapterLayout:
 
     def at_rank(self, rank: int) -> "AdapterLayout":
         """This layout for a node of this rank: every pair and rotation keeps its first `rank` components (0: all)."""
-        return self if rank == 0 else AdapterLayout(t if t.role == "frozen" else t.at_rank(rank) for t in self.tensors)
+        return self if rank == 0 else _at_rank(self, rank)
 
     def frozen_at(self, rank: int) -> "AdapterLayout":
         """This layout with the first `rank` components of every frozen factor."""
@@ -128,11 +128,15 @@ class AdapterLayout:
 
     def cut(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
         """The leading part of each tensor that `smaller` has, as a vector over `smaller`."""
+        if smaller == self:
+            return flat.copy()
         tensors = self.split(flat)
         return smaller.join({t.name: leading(tensors[t.name], t.shape) for t in smaller.tensors})
 
     def pad(self, flat: Flat, smaller: "AdapterLayout") -> Flat:
         """The inverse of `cut`: a vector over this layout, zero beyond what `smaller` has."""
+        if smaller == self:
+            return flat.copy()
         whole: Flat = np.zeros(self.size, np.float32)
         tensors = self.split(whole)
         for name, values in smaller.split(flat).items():
@@ -147,13 +151,11 @@ class AdapterLayout:
 
     def select(self, roles: Collection[Role]) -> "AdapterLayout":
         """The layout of the tensors with these roles alone (offsets are counted anew)."""
-        return AdapterLayout(t for t in self.tensors if t.role in roles)
+        return _selected(self, frozenset(roles))
 
     def fragment(self, index: int, count: int) -> "AdapterLayout":
         """One of `count` parts, strided over the modules in order; the factors of a pair stay together."""
-        modules = sorted({_module(t) for t in self.tensors})
-        own = set(modules[index % count :: count])
-        return AdapterLayout(t for t in self.tensors if _module(t) in own)
+        return _fragment(self, index % count, count)
 
     @cached_property
     def modules(self) -> int:
@@ -169,7 +171,10 @@ class AdapterLayout:
         """Views of `flat` (fp32, (size,)) by tensor name, in shape. Raises PayloadError on a wrong length."""
         if flat.shape != (self.size,):
             raise PayloadError(f"a flat vector of {flat.shape} does not fit a layout of {self.size} values")
-        return {t.name: self.view(flat, t.name) for t in self.tensors}
+        return {
+            t.name: flat[first : first + t.size].reshape(t.shape)
+            for t, first in zip(self.tensors, self.offsets.values(), strict=True)
+        }
 
     def view(self, flat: Flat, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The view of one tensor of `flat` alone. Raises KeyError for a name outside the layout."""
@@ -208,13 +213,32 @@ class AdapterLayout:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AdapterLayout) and self.tensors == other.tensors
+        return self is other or (isinstance(other, AdapterLayout) and self.tensors == other.tensors)
 
     def __hash__(self) -> int:
-        return hash(self.tensors)
+        return hash(self.digest)
 
     def __repr__(self) -> str:
         return f"AdapterLayout({len(self.tensors)} tensors, {self.size} values)"
+
+
+# Layouts within layouts are asked for at every assignment: each is made once, with its offsets.
+
+
+@lru_cache(maxsize=256)
+def _selected(layout: AdapterLayout, roles: frozenset[Role]) -> AdapterLayout:
+    return AdapterLayout(t for t in layout.tensors if t.role in roles)
+
+
+@lru_cache(maxsize=256)
+def _at_rank(layout: AdapterLayout, rank: int) -> AdapterLayout:
+    return AdapterLayout(t if t.role == "frozen" else t.at_rank(rank) for t in layout.tensors)
+
+
+@lru_cache(maxsize=256)
+def _fragment(layout: AdapterLayout, index: int, count: int) -> AdapterLayout:
+    own = set(sorted({_module(t) for t in layout.tensors})[index::count])
+    return AdapterLayout(t for t in layout.tensors if _module(t) in own)
 
 
 def _module(tensor: TensorSpec) -> str:

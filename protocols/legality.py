@@ -320,7 +320,6 @@ def _of_exchanges(spec: RunSpec, recipe: Recipe) -> list[str]:
     why = {
         "local.steps": "an exchange is one batch",
         "local.epochs": "an exchange is one batch",
-        "local.weight_decay": "it would round the lattice in every exchange",
         "adapter.dropout": "probes of one loss must see one model",
         "recipe.learning_rate": "local.learning_rate is the step",
         "privacy.clipping": "clip, noise and the range of a code are three constants",

@@ -24,7 +24,7 @@ from .update import Assignment, Description, Kind, Update
 SOFTWARE = version("fedapt")
 """For the other side's log."""
 
-JOIN, OPEN = "Join", "Open"
+JOIN, OPEN, ANSWER = "Join", "Open", "Answer"
 SERVICE = "fedapt.link.v1.Link"
 
 PROTOCOLS = range(1, 2)
@@ -50,6 +50,9 @@ Frame = TypeVar("Frame", pb.Up, pb.Down)
 NAME_KEY = "fedapt-name"
 """The metadata in which a node of a plaintext link says who it is."""
 
+TAKEN_KEY = "fedapt-taken"
+"""The metadata with which the server says that it takes answers: a call that was refused has none."""
+
 RESTING = ("paused", "outside its hours")
 """What a node that takes no work says in its beats."""
 
@@ -57,9 +60,13 @@ FAILED = "failed"
 """The kind of a result that is an error: `reason` says which."""
 
 
-def question_id(kind: pb.Kind, asked: Assignment) -> bytes:
-    """16 bytes that are the same whenever the same is asked, so that an answer that is there already serves again."""
-    text = f"{kind}|{asked.run}|{asked.round}|{asked.attempt}|{asked.node}|{asked.version}|{asked.rank}"
+def question_id(kind: pb.Kind, asked: Assignment, spec: bytes) -> bytes:
+    """16 bytes that are the same whenever the same is asked, so that an answer that is there already serves again.
+
+    `spec` is the SHA-256 of the run's spec: a run that was begun anew under its old name asks something else.
+    """
+    about = f"{asked.run}|{asked.round}|{asked.attempt}|{asked.node}|{asked.version}|{asked.rank}"
+    text = f"{kind}|{spec.hex()}|{about}"
     return hashlib.sha256(text.encode()).digest()[:QUESTION_BYTES]
 
 
@@ -70,7 +77,7 @@ def blob(data: bytes) -> pb.Blob:
 
 def question(kind: pb.Kind, asked: Assignment, spec: pb.Blob, payload: pb.Blob) -> pb.Question:
     return pb.Question(
-        id=question_id(kind, asked),
+        id=question_id(kind, asked, spec.sha256),
         kind=kind,
         run=asked.run,
         round=asked.round,
@@ -171,6 +178,12 @@ def read_up(raw: bytes) -> pb.Up | None:
         case _:
             return None
     return frame
+
+
+def read_answer(raw: bytes) -> bytes:
+    """What a node sends over Link.Answer. Raises PayloadError for a body that is out of bounds."""
+    _body(raw)
+    return raw
 
 
 def read_down(raw: bytes) -> pb.Down | None:

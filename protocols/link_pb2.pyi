@@ -93,14 +93,16 @@ class Hello(_message.Message):
     def __init__(self, oldest: _Optional[int] = ..., newest: _Optional[int] = ..., software: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "software", "beat_seconds")
+    __slots__ = ("protocol", "software", "beat_seconds", "answers")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     BEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software: str
     beat_seconds: float
-    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., beat_seconds: _Optional[float] = ...) -> None: ...
+    answers: bool
+    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., beat_seconds: _Optional[float] = ..., answers: _Optional[bool] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("reason", "final")

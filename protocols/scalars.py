@@ -25,6 +25,7 @@ from .errors import PayloadError
 from .keys import generator
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
+Octets = np.ndarray[Any, np.dtype[np.uint8]]
 
 SCALES = range(-60, 41)
 """Exponents that are announced: a step is 2⁻⁶⁰ to 2⁴⁰."""
@@ -42,7 +43,7 @@ class ScalarCode:
         """The largest count that one code stands for: however a sender lies, it says no more."""
         return self.entries[-1]
 
-    @property
+    @cached_property
     def packs(self) -> bool:
         """Whether eight codes share a byte."""
         return len(self.entries) == 2
@@ -78,16 +79,20 @@ class ScalarCode:
         """The counts of `count` codes, int64 (count,). PayloadError for another length, for −128, and for bits unused."""
         if len(payload) != self.size(count):
             raise PayloadError(f"{count} codes in {self.name} take {self.size(count)} bytes, and {len(payload)} came")
-        octets = np.frombuffer(payload, np.uint8)
+        (counts,) = self.decode_rows(np.frombuffer(payload, np.uint8)[None], count)
+        return np.asarray(counts)
+
+    def decode_rows(self, payloads: Octets, count: int) -> Counts:
+        """`decode` of many at once: int64 (J, count) from uint8 (J, size(count))."""
         if self.packs:
-            bits = np.unpackbits(octets, bitorder="little")
-            if bits[count:].any():
+            bits = np.unpackbits(payloads, axis=1, bitorder="little")
+            if bits[:, count:].any():
                 raise PayloadError(f"{count} codes in {self.name}: a bit behind the last one is set")
-            return self.table[bits[:count]]
-        places = octets.view(np.int8).astype(np.int64) + 127
-        if (places < 0).any():
+            entries: Counts = self.table[bits[:, :count]]
+            return entries
+        if (payloads == 128).any():
             raise PayloadError(f"a code in {self.name} is −128; −127 to 127 are codes")
-        return self.table[places]
+        return self.table[(payloads + np.uint8(127)).astype(np.int64)]
 
     def scale_of(self, clip: float) -> int:
         """The scale whose range is `clip`, or just wider: 2^scale · largest ≥ clip."""

@@ -50,10 +50,17 @@ class Run(Section):
 
 
 class Model(Section):
-    """The frozen base: a Hugging Face id, a local folder, or `builtin:byte-llama`."""
+    """The frozen base: a Hugging Face id, a local folder, or `builtin:byte-llama`.
+
+    With prompted-classification a language model is asked for the label: `template` is the prompt, with `{text}` where the
+    text goes, and `verbalizers` has a word for each label, in their order, which follows the prompt behind a space (or
+    at once, where the template ends with one).
+    """
 
     base: str
-    task: Literal["sequence-classification", "causal-lm", "image-classification"]
+    task: Literal["sequence-classification", "causal-lm", "prompted-classification", "image-classification"]
+    template: str | None = None
+    verbalizers: tuple[str, ...] = ()
     labels: Annotated[int, Field(ge=2)] | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -62,6 +69,24 @@ class Model(Section):
     def _labels_fit_task(self) -> Self:
         if self.task != "causal-lm" and self.labels is None:
             raise ValueError(f"labels is missing: {self.task} needs the number of classes")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_fits_task(self) -> Self:
+        if self.task != "prompted-classification":
+            if self.template is not None or self.verbalizers:
+                raise ValueError('template and verbalizers are of task = "prompted-classification": remove them')
+            return self
+        if self.template is None or self.template.count("{text}") != 1:
+            raise ValueError(
+                f"template = {self.template!r} has to hold {{text}} once, where the text goes. "
+                'Nearest legal: "{text} It was"'
+            )
+        if len(self.verbalizers) != self.labels or len(set(self.verbalizers)) != self.labels:
+            raise ValueError(
+                f"verbalizers = {list(self.verbalizers)} does not have {self.labels} different words, one for each of "
+                f"labels = {self.labels}, in the order of the labels"
+            )
         return self
 
 
@@ -170,7 +195,8 @@ class Recipe(Section):
 class Local(Section):
     """The trainer at a node: `steps` batches whatever its data, or `epochs` passes over them (0.1 is a tenth of one).
 
-    `schedule` moves the learning rate from round to round: `cosine` lets it fall to zero after the last.
+    `schedule` moves the learning rate from round to round: `cosine` lets it fall to zero after the last. Where nodes send
+    codes, `weight_decay` is applied by all of them together, for up to 64 exchanges at once.
     """
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -216,6 +242,40 @@ class Participation(Section):
                 f'spare = {self.spare:g} is illegal with sampling = "{self.sampling}": answers of a fixed share alone '
                 'can be enough. Nearest legal: sampling = "fixed", or spare = 0'
             )
+        return self
+
+
+class Fleet(Section):
+    """Simulation only: the devices that nodes are, and with them a clock: what a deployment on them would have taken.
+
+    A node computes `examples_per_second` in training, and its link carries `downlink_mbps` and `uplink_mbps` (10⁶ bits
+    a second): medians, each times a log-normal factor by the node's key. The spreads are the standard deviations of the
+    factors' natural logarithms, and one factor is of both directions of a link. What has no median takes no time.
+    `latency_seconds` is waited once down and once up. `dropout` is the chance that a node never answers, in each round
+    anew. `available` is the share of each day that a node is there, from a moment of its own on; or `trace` says it: a
+    .jsonl file of `node`, `from` and `until`, in seconds of the simulated clock. A node that leaves before it has
+    answered is lost, and one that comes after `participation.deadline_seconds` too.
+    """
+
+    examples_per_second: PositiveFloat | None = None
+    speed_spread: Annotated[float, Field(ge=0, le=5)] = 0.0
+    downlink_mbps: PositiveFloat | None = None
+    uplink_mbps: PositiveFloat | None = None
+    link_spread: Annotated[float, Field(ge=0, le=5)] = 0.0
+    latency_seconds: NonNegative = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    available: Fraction = 1.0
+    trace: str | None = None
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether nodes are there at some times only."""
+        return self.trace is not None or self.available < 1
+
+    @model_validator(mode="after")
+    def _one_availability(self) -> Self:
+        if self.trace is not None and self.available < 1:
+            raise ValueError(f"available = {self.available:g} and trace are both set: keep one of them")
         return self
 
 
@@ -347,6 +407,7 @@ class RunSpec(Section):
     recipe: Recipe = Recipe()
     local: Local = Local()
     participation: Participation = Participation()
+    fleet: Fleet | None = None
     privacy: Privacy = Privacy()
     wire: Wire = Wire()
     zeroth: Zeroth = Zeroth()
@@ -394,7 +455,8 @@ class RunSpec(Section):
         data = self.data and self.data.model_copy(
             update={"source": resolved(self.data.source), "evaluation": resolved(self.data.evaluation)}
         )
-        return self.model_copy(update={"model": model, "adapter": adapter, "data": data})
+        fleet = self.fleet and self.fleet.model_copy(update={"trace": resolved(self.fleet.trace)})
+        return self.model_copy(update={"model": model, "adapter": adapter, "data": data, "fleet": fleet})
 
     def to_json(self) -> str:
         """Canonical JSON: the form in which a spec is stored, hashed and sent."""

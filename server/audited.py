@@ -8,7 +8,9 @@ rate 1. Whatever else a server does with a release is post-processing and cannot
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from math import ceil
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +20,7 @@ from ..privacy.banded import encoder
 from ..privacy.clipping import BIT_NOISE
 from ..privacy.events import Event, sum_multiplier
 from ..protocols.codecs import codec_of
+from ..protocols.exchange import terms_of
 from ..protocols.keys import derive, generator
 from ..protocols.layout import A_SUFFIX, B_SUFFIX, AdapterLayout, Flat, TensorSpec
 from ..protocols.legality import recipe_of
@@ -25,12 +28,16 @@ from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from .advance import advance
 from .optimizers import Buffers
-from .private import client_level
+from .private import ClientLevel, client_level
+from .reduction import Reduction
 from .rounds import Contribution
 
 RANK, INPUTS, OUTPUTS = 4, 16, 96
 FIRST = 1
 """The round of the recipe. Releases are numbered apart from it: each is another first round."""
+
+DIRECTIONS = 1024
+"""Of an audited exchange."""
 
 LONGEST = 32
 """Rounds of a run that is audited whole, if that is at least two of its separations."""
@@ -164,8 +171,41 @@ class AuditedRun(AuditedPath):
         return spec.model_copy(update={"run": spec.run.model_copy(update={"seed": seed})})
 
 
+class AuditedExchange(AuditedPath):
+    """A release is here one exchange of a recipe of codes: the noised sum of the slopes that nodes' codes stand for.
+
+        slopes ─► code ─► Reduction.released (decode, clip, noise) ─► the sum
+
+    Rounding that sum to the Step's integers is post-processing, and cannot show more. All directions of an exchange are
+    one vector with one clip, so how many there are is free: DIRECTIONS of them hold many canaries.
+    """
+
+    def __init__(self, spec: RunSpec, population: int) -> None:
+        self.spec, self.population = spec, population
+        self.terms = replace(terms_of(spec), directions=DIRECTIONS)
+        self.scale = self.terms.code.scale_of(spec.privacy.clip)
+        self.private = ClientLevel(spec, population, DIRECTIONS)
+        self.reduction = Reduction(spec, self.terms, ceil(self.private.mechanism.expected), self.private)
+
+    @property
+    def size(self) -> int:
+        return DIRECTIONS
+
+    def arrived(self, change: Flat, *parts: int | str) -> Flat:
+        """A node's slopes as the server reads them off its codes."""
+        code = self.terms.code
+        payload = code.encode(change, self.scale, derive(self.spec.run.seed, "audit", "code", *parts))
+        return np.ldexp(code.decode(payload, self.size).astype(np.float32), self.scale)
+
+    def release(self, changes: Sequence[Flat], number: int) -> Values:
+        counts = [np.rint(np.ldexp(change.astype(np.float64), -self.scale)).astype(np.int64) for change in changes]
+        return self.reduction.released(counts, self.scale, number)[0]
+
+
 def audited_path(spec: RunSpec, population: int) -> AuditedPath:
     """The path of a spec with client-level privacy. Raises PrivacyError for a cap that no noise can meet."""
+    if recipe_of(spec).zeroth:
+        return AuditedExchange(spec, population)
     kind = AuditedRun if spec.privacy.mechanism == "banded" else AuditedPath
     return kind(spec, population)
 

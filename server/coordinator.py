@@ -24,6 +24,7 @@ from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update, version_of
 from .admission import refusal
 from .advance import UNSCORED, Score, advance
+from .clock import Clocked, Virtual
 from .grid import Failure, NodeGrid
 from .optimizers import Buffers
 from .participation import draw, wanted
@@ -129,7 +130,10 @@ class Coordinator:
     def _round(self, rows: Sequence[Row]) -> Row:
         started = time.monotonic()
         round_, snapshot = len(rows), self.store.snapshot(self.run)
+        if isinstance(self.grid, Clocked):
+            self.grid.begin(rows)
         assignments = self._assigned(round_, snapshot.state, self._open(round_))
+        simulated = self.grid.expect(list(assignments.values())) if isinstance(self.grid, Clocked) else {}
         failures = self._collect(round_, assignments)
         updates = self.store.contributions(self.run, round_)
         self._require_enough(round_, len(assignments), len(updates), failures)
@@ -147,6 +151,7 @@ class Coordinator:
             }
         else:  # who answered, and how its training went, is what must stay hidden
             row |= self._expected_bytes(round_)
+        row |= simulated
         row["effective_rank"] = effective_rank(self.layout, adapter)
         if self.spec.run.is_evaluated(round_):
             row |= self._epsilon(events)
@@ -205,6 +210,9 @@ class Coordinator:
 
     def _open(self, round_: int) -> dict[int, int]:
         """The round's cohort: each node, and the rank that it trains at, or has trained at."""
+        if isinstance(self.grid, Virtual):
+            drawn = self._draw(self.grid.population(), round_)
+            return self._ranks(self.store.open_round(self.run, round_, drawn))[0]
         nodes = self.grid.nodes()
         if not nodes:
             raise RunError("no node can train: none has connected, or none has an example")
@@ -214,16 +222,20 @@ class Coordinator:
         ranks |= here
         if not ranks:
             raise RunError(f"no node can train: {next(iter(without.values()))}")
-        if self.private is None:
-            drawn = draw(sorted(ranks), self.spec.participation, self.spec.run.seed, round_)
-        else:
-            drawn = self.private.draw(sorted(ranks), round_)
-        cohort = self.store.open_round(self.run, round_, drawn)
+        cohort = self.store.open_round(self.run, round_, self._draw(sorted(ranks), round_))
         known = {*ranks, *without}
         late, without = self._ranks([node for node in cohort if node not in known])
         self._leave_out(round_, without)
         ranks |= late
         return {node: ranks[node] for node in cohort if node in ranks}
+
+    def _draw(self, nodes: Sequence[int], round_: int) -> tuple[int, ...]:
+        """Who trains in a round, of the nodes that can."""
+        if not nodes:
+            raise RunError("no node can train: none has connected, or none has an example")
+        if self.private is None:
+            return draw(nodes, self.spec.participation, self.spec.run.seed, round_)
+        return self.private.draw(sorted(nodes), round_)
 
     def _ranks(self, nodes: Sequence[int]) -> tuple[dict[int, int], dict[int, str]]:
         """The rank of each node in this run, by what it says that it can afford, and why others have none."""

@@ -122,6 +122,7 @@ class ZerothCoordinator:
         self.replica = self.start if kept is None else self.start.restored(kept)
         self.scale = self._first_scale()
         self.last: Step | None = None
+        self.opened = 1
         self.positions: dict[int, int] = {}
         self.period = _Period()
         self.log.open(self.run, self._genesis())
@@ -215,7 +216,7 @@ class ZerothCoordinator:
                 f"{self.spec.participation.deadline_seconds:g} s. Start the run again to go on with it."
             )
         body, events = self.reduction.body(asked, answers)
-        step = self.pace.step(self.replica, self.terms, self.scale, body)
+        step = self.pace.step(self.replica, self.terms, self.scale, body, self.opened)
         if number % PROOF_EVERY == 0:
             step = replace(step, proof=self.replica.after(step).proof)
         self.log.append(self.run, step, events)
@@ -236,6 +237,8 @@ class ZerothCoordinator:
 
     def _learn(self, step: Step) -> None:
         """What follows from a Step beside the state."""
+        if self.last is not None and step.segment != self.last.segment:
+            self.opened = step.number
         self.last, self.scale = step, step.scale
         if self.private is None and self.spec.zeroth.clip is None:
             counts = self.terms.applied(step)[2]

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.exc import OperationalError
@@ -46,6 +47,8 @@ class HostedRun:
     def __init__(self, spec: RunSpec, hub: Hub, store: Store, hooks: Hooks) -> None:
         self.spec, self.hub, self.store, self.hooks = spec, hub, store, hooks
         self.stopping = threading.Event()
+        self._left = False
+        self._grid: LinkGrid | None = None
         self._thread = threading.Thread(target=self._serve, name=f"run {spec.run.name}", daemon=True)
         self._thread.start()
 
@@ -53,14 +56,26 @@ class HostedRun:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def leave(self) -> None:
+        """Leave the run where it is, because the server ends: nodes work on, and the next start takes what they have."""
+        self._left = True
+        self.stopping.set()
+
     def stop(self) -> None:
-        """Leave the run where it is: it goes on from there."""
+        """End the run where it is, because somebody wants it: nodes are asked no more. It can go on from there."""
         self.stopping.set()
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
     def _serve(self) -> None:
+        self._go_on()
+        if self._grid is not None and not self._left:
+            with suppress(StoppedError):  # the link is closed, and all desks with it
+                self._grid.withdraw("the run has ended here")
+
+    def _go_on(self) -> None:
+        """Until the run has finished, has failed, or is called off."""
         name = self.spec.run.name
         while True:
             try:
@@ -87,7 +102,9 @@ class HostedRun:
                 return
 
     def _run(self) -> None:
-        grid = LinkGrid(self.hub, self.spec, stopping=self.stopping)
+        found = self.store.find(self.spec.run.name)
+        description = None if found is None else found[1]
+        self._grid = grid = LinkGrid(self.hub, self.spec, description=description, stopping=self.stopping)
         kind = ZerothCoordinator if recipe_of(self.spec).zeroth else Coordinator
         coordinator = kind(self.spec, grid, self.store, evaluate=self.hooks.evaluate)
         self.hooks.began(coordinator)
@@ -137,7 +154,7 @@ class Host:
         """Leave all runs where they are; the next start goes on with them."""
         deadline = time.monotonic() + seconds
         for run in self._hosted.values():
-            run.stop()
+            run.leave()
         for run in self._hosted.values():
             run.join(max(0.0, deadline - time.monotonic()))
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from sqlalchemy import BigInteger, Connection, Engine, LargeBinary, func, select
+from sqlalchemy import BigInteger, Connection, Engine, LargeBinary, func, insert, select
 from sqlalchemy import event as sql_event
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from ..kernels.replica import Replica
-from ..privacy.chain import Charge, Entry, append, charged
+from ..privacy.chain import Entry, append, charged
 from ..privacy.events import Event, to_json
 from ..privacy.ledger import Ledger
 from ..protocols.errors import RunError
@@ -143,11 +144,19 @@ def _close(_table: Any, connection: Connection, **_options: Any) -> None:
 sql_event.listen(_Logged.__table__, "after_create", _close)
 
 
+_ADD = insert(_Logged)
+"""Bare, because a Step a transaction is what bounds a run's rate, and the ORM's half of it would be the larger one."""
+
+
 class SqlLog:
-    """The log in a database that SQLAlchemy knows; `engine` is the store's, whose commits are durable."""
+    """The log in a database that SQLAlchemy knows; `engine` is the store's, whose commits are durable.
+
+    The last row is remembered; that nobody else has written behind it, the table's key says.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._last: dict[str, Row] = {}
         Tables.metadata.create_all(engine)
 
     def open(self, run: str, start: bytes) -> Row:
@@ -157,11 +166,22 @@ class SqlLog:
                 first = _Logged(run=run, number=0, body=b"", hash=start)
                 session.add(first)
             _checked(run, _row(first), start)
-            return last_row(session, run)
+            self._last[run] = last_row(session, run)
+        return self._last[run]
 
     def append(self, run: str, step: Step, events: Sequence[Event] = ()) -> Row:
-        with Session(self.engine) as session, session.begin():
-            return append_step(session, run, step, events)
+        row = _behind(self._last[run], run, step)
+        with self.engine.begin() as connection:
+            try:
+                connection.execute(_ADD, {"run": run, "number": row.number, "body": row.body, "hash": row.hash})
+            except IntegrityError:
+                raise _served_twice(run, step, f"row {row.number}") from None
+            if events:
+                with Session(connection) as session:
+                    append(session, run, step.number, events)
+                    session.commit()
+        self._last[run] = row
+        return row
 
     def rows(self, run: str, after: int = -1) -> Iterator[Row]:
         while True:
@@ -189,14 +209,6 @@ class SqlLog:
     def ledger(self, run: str) -> Ledger:
         with Session(self.engine) as session:
             return Ledger(charged(session, Entry.run == run))
-
-
-def append_step(session: Session, run: str, step: Step, events: Sequence[Charge | Event] = ()) -> Row:
-    """Add a Step and its charges in the session's transaction. Raises RunError where it is not the next one."""
-    row = _behind(last_row(session, run), run, step)
-    session.add(_Logged(run=run, number=row.number, body=row.body, hash=row.hash))
-    append(session, run, step.number, events)
-    return row
 
 
 def last_row(session: Session, run: str) -> Row:
@@ -235,9 +247,13 @@ def replay(start: Replica, rows: Iterable[Row]) -> Replica:
 
 def _behind(last: Row, run: str, step: Step) -> Row:
     if step.number != last.number + 1:
-        raise RunError(f'run "{run}": step {step.number} does not follow row {last.number}: is it served twice?')
+        raise _served_twice(run, step, f"row {last.number}")
     body = step.to_bytes()
     return Row(step.number, body, chained(last.hash, body))
+
+
+def _served_twice(run: str, step: Step, last: str) -> RunError:
+    return RunError(f'run "{run}": step {step.number} does not follow {last}: is it served twice?')
 
 
 def _checked(run: str, first: Row, start: bytes) -> Row:

@@ -8,25 +8,36 @@ import numpy as np
 from ..protocols.keys import derive, generator
 from ..protocols.spec import Participation
 
+ORDERED = 10_000
+"""Up to so many nodes a draw puts all of them in order; of more it looks at those that it draws, and at no others."""
+
 
 def draw(nodes: Sequence[int], participation: Participation, seed: int, round_: int) -> tuple[int, ...]:
     """The round's cohort, ascending, keyed by run and round.
 
     `all` takes everybody; `fixed` takes `rate` of them without replacement, at least one, and `spare` more; `poisson` takes each with
-    probability `rate`, so a draw may be small or empty. Fewer than `minimum` are filled up at random.
+    probability `rate`, so a draw may be small or empty. Fewer than `minimum` are filled up at random. Of more than
+    ORDERED nodes, their order counts, and only those drawn are looked at.
     """
-    everybody = sorted(nodes)
     random = generator(derive(seed, "participation", round_))
+    if participation.sampling == "all":
+        return tuple(sorted(nodes))
+    if len(nodes) > ORDERED:
+        chosen = _chosen(len(nodes), participation, random)
+        return tuple(sorted(nodes[i] for i in random.choice(len(nodes), chosen, replace=False, shuffle=False)))
+    everybody = sorted(nodes)
     order = random.permutation(len(everybody))
-    match participation.sampling:
-        case "all":
-            chosen = len(everybody)
-        case "fixed":
-            chosen = with_spare(cohort_size(len(everybody), participation), participation)
-        case "poisson":
-            chosen = int(random.binomial(len(everybody), participation.rate))
-    first = order[: max(chosen, min(participation.minimum, len(everybody)))]
+    first = order[: _chosen(len(everybody), participation, random)]
     return tuple(everybody[i] for i in np.sort(first))
+
+
+def _chosen(nodes: int, participation: Participation, random: np.random.Generator) -> int:
+    """How many of the nodes a draw takes."""
+    if participation.sampling == "poisson":
+        chosen = int(random.binomial(nodes, participation.rate))
+    else:
+        chosen = with_spare(cohort_size(nodes, participation), participation)
+    return min(nodes, max(chosen, participation.minimum))
 
 
 def with_spare(size: int, participation: Participation) -> int:

@@ -5,11 +5,12 @@ added: plainly, without the extreme ones (trimmed mean; Yin et al., arXiv 1803.0
 as vectors that are clipped and summed with noise, and only that sum leaves this file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..kernels.directions import Doubles
 from ..privacy.events import Event
 from ..protocols.errors import PayloadError
 from ..protocols.exchange import Answer, Terms
@@ -65,13 +66,19 @@ class Reduction:
         most = self.terms.code.largest * max(self.nodes, len(counts) if self.private is None else 0)
         return np.clip(sums, -most, most).astype("<i4").tobytes(), events
 
-    def _noised(self, counts: list[Counts], asked: Asked) -> tuple[Counts, list[Event]]:
-        """The noised sum, in steps: clipping is of the slopes that the codes stand for, so a node that lies is clipped too."""
+    def released(self, counts: Sequence[Counts], scale: int, number: int) -> tuple[Doubles, list[Event]]:
+        """The noised sum of nodes' slopes, float64 (K,): what a Step rounds to its steps, and an audit looks at.
+
+        Clipping is of the slopes that the codes stand for, so a node that lies is clipped too.
+        """
         assert self.private is not None
-        slopes = [np.ldexp(own.astype(np.float64), asked.scale).astype(np.float32) for own in counts]
-        mean, _, events = self.private.release(slopes, {}, asked.number)
-        total = mean.astype(np.float64) * self.private.mechanism.expected
-        return np.rint(np.ldexp(total, -asked.scale)).astype(np.int64), list(events)
+        slopes = [np.ldexp(own.astype(np.float64), scale).astype(np.float32) for own in counts]
+        mean, _, events = self.private.release(slopes, {}, number)
+        return mean.astype(np.float64) * self.private.mechanism.expected, list(events)
+
+    def _noised(self, counts: Sequence[Counts], asked: Asked) -> tuple[Counts, list[Event]]:
+        total, events = self.released(counts, asked.scale, asked.number)
+        return np.rint(np.ldexp(total, -asked.scale)).astype(np.int64), events
 
 
 def trimmed(counts: Counts, byzantine: float, nodes: int) -> Counts:

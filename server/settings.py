@@ -22,7 +22,7 @@ store = "store.sqlite"      # or postgresql+psycopg://user@host/fedapt, its pass
 runs = "runs"               # adapters, metrics and reports
 
 [limits]                    # bytes and seconds; what is not here has its default
-# result_bytes = 1073741824
+# result_bytes = 1073741824 # a node's description of the model; its updates are held to what the run needs
 # streams_per_address = 1000
 # silence = 20.0            # a node that said nothing for so long is gone
 # absence = 30.0            # a round does not wait longer for one that is

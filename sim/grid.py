@@ -32,7 +32,11 @@ class VirtualNodes(MessageGrid):
         self._sent: list[Assignment] = []
 
     def nodes(self) -> list[int]:
-        return self.client.nodes()
+        return self.client.sites.nodes
+
+    def population(self) -> list[int]:
+        """All of them: `rank` is of the ranks that the spec mixes, so each affords the run (`server.clock.Virtual`)."""
+        return self.nodes()
 
     def rank(self, node: int) -> int:
         """One of `adapter.ranks` by key: what a virtual node can afford."""

@@ -118,21 +118,28 @@ class Processes:
         done: dict[int, tuple[list[Update], Kept] | Exception] = {}
         idle = list(self._workers)
         by_pipe = {worker.pipe: worker for worker in self._workers}
-        while next_wanted < len(work):
-            while idle and (task := next(waiting, None)) is not None:
-                worker = idle.pop(0)
-                _ask(worker, task[1])
-                busy[worker.pipe] = task[0]
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
-                done[busy.pop(pipe)] = _answer(by_pipe[pipe])
-                idle.append(by_pipe[pipe])
-            while next_wanted in done:
-                result = done.pop(next_wanted)
-                if isinstance(result, Exception):
-                    raise result
-                next_wanted += 1
-                yield result
+        try:
+            while next_wanted < len(work):
+                while idle and (task := next(waiting, None)) is not None:
+                    worker = idle.pop(0)
+                    _ask(worker, task[1])
+                    busy[worker.pipe] = task[0]
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    done[busy.pop(pipe)] = _answer(by_pipe[pipe])
+                    idle.append(by_pipe[pipe])
+                while next_wanted in done:
+                    result = done.pop(next_wanted)
+                    if isinstance(result, Exception):
+                        raise result
+                    next_wanted += 1
+                    yield result
+        except (
+            GeneratorExit
+        ):  # who has enough stops listening: no answer may be left for the next round to take as its own
+            for pipe in busy:
+                _answer(by_pipe[pipe])
+            raise
 
     def close(self) -> None:
         """End the workers, whatever they do: what they are to leave behind is on disk, or has been answered."""

@@ -14,8 +14,9 @@ from fedapt.protocols.layout import AdapterLayout
 from .layouts import layouts
 
 st.register_type_strategy(AdapterLayout, layouts())
-settings.register_profile("fedapt", derandomize=True, deadline=None, max_examples=50)
-settings.load_profile("fedapt")
+settings.register_profile("plain", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("deep", derandomize=True, deadline=None, max_examples=100)  # `make test-slow`
+settings.load_profile("plain")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ...protocols import link
 from ...protocols import link_pb2 as pb
-from ...protocols.blobs import Assembly
+from ...protocols.blobs import INLINE_BYTES, Assembly
 from ...protocols.errors import PayloadError
 from ...protocols.outbox import Outbox
 from .limits import Limits
@@ -24,12 +24,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question for a node, the blobs that it names, and who waits for the answer (called in the link's thread)."""
+    """A question for a node, the blobs that it names, and who waits for the answer (called in the link's thread).
+
+    `most_bytes` is how large the answer's payload can be, if it is one: more is not let in. What comes inline is in the
+    frame already.
+    """
 
     node: int
     question: pb.Question
     blobs: Mapping[bytes, bytes] = field(repr=False)
     answer: Callable[[Answered], None]
+    most_bytes: int = INLINE_BYTES
 
 
 class Desk:
@@ -144,9 +149,10 @@ class Desk:
             self._exchanges.popleft()(None)
 
     def _announced(self, result: pb.Result) -> None:
-        if result.payload.size > self.limits.result_bytes:
-            most = self.limits.result_bytes
-            self._fail(result.question, f"a result of {result.payload.size} bytes; at most {most} (result_bytes)")
+        needed, most = self._questions[result.question].most_bytes, self.limits.result_bytes
+        if result.payload.size > min(needed, most):
+            limit = f"{most} (result_bytes)" if most < needed else f"{needed} for what was asked"
+            self._fail(result.question, f"a result of {result.payload.size} bytes; at most {limit}")
         elif len(result.payload.inline) == result.payload.size:
             self._complete(result, result.payload.inline)
         else:

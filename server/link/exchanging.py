@@ -36,7 +36,7 @@ class Exchanges:
 
     def run(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer | Failure]:
         """Answers as they come. Those of an earlier exchange, which are late, are dropped."""
-        self._close()
+        self.close()
         small = {request.node: reason for request in requests if (reason := self._too_small(request.node))}
         able = [request for request in requests if request.node not in small]
         waiting = {request.node: request.number for request in able}
@@ -62,7 +62,7 @@ class Exchanges:
                 continue
             if waiting.pop(node, None) is not None:
                 yield answer
-        self._close()
+        self.close()
 
     def _too_small(self, node: int) -> str:
         """Why a node cannot hold the run's adapter; empty where it can."""
@@ -104,7 +104,7 @@ class Exchanges:
         failed = answer.result.kind == link.FAILED
         self._inbox.put((node, Failure(node, answer.result.reason) if failed else answer.payload))
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """What was asked with a question is dealt with, or too late."""
         for node, question in self._open.items():
             self.hub.close(node, [question], "the exchange is over")

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ...protocols import link
 from ...protocols import link_pb2 as pb
-from ...protocols.blobs import digest
+from ...protocols.blobs import INLINE_BYTES, digest
+from ...protocols.codecs import uplink_of
 from ...protocols.errors import PayloadError, RunError
 from ...protocols.exchange import Answer, Exchange
+from ...protocols.legality import recipe_of
+from ...protocols.shared import SharedAdapter
 from ...protocols.spec import RunSpec
 from ...protocols.update import Assignment, Description, Update
 from ..admission import MAX_WEIGHT
@@ -29,11 +32,22 @@ class LinkGrid(MessageGrid):
 
     An answer is acknowledged when the caller asks for the next one: by then it has been stored, or refused. A node keeps
     what was not acknowledged, so nothing is lost between its disk and ours.
+
+    `description` is the run's, where it has one already. From then on a node can send as many bytes as an update of the
+    run has, and no more; before, as many as `result_bytes` of the limits allows.
     """
 
-    def __init__(self, hub: Hub, spec: RunSpec, *, stopping: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        spec: RunSpec,
+        *,
+        description: Description | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
         super().__init__()
-        self.hub, self.minimum = hub, max(1, spec.participation.minimum)
+        self.hub, self.spec, self.minimum = hub, spec, max(1, spec.participation.minimum)
+        self._described = description
         self.stopping = stopping or threading.Event()
         # Where a site's data lies is its own affair, and where the server's lies is none of the site's.
         self._spec = spec.model_copy(update={"data": None}).to_json().encode()
@@ -69,7 +83,8 @@ class LinkGrid(MessageGrid):
             for answer in self._answers(self.hub.limits.absence * 10):
                 if answer.result.kind == "":
                     self._withdraw("described")
-                    return link.description_from_bytes(answer.payload)
+                    self._described = link.description_from_bytes(answer.payload)
+                    return self._described
                 reasons[node] = answer.result.reason
         raise RunError(f"no node could describe its model: {reasons or 'none answered in time'}")
 
@@ -118,6 +133,11 @@ class LinkGrid(MessageGrid):
             if self.stopping.wait(POLL_SECONDS):
                 return
 
+    def withdraw(self, reason: str) -> None:
+        """The run asks nothing more: nodes forget its open questions, and what they would still answer is not wanted."""
+        self._withdraw(reason)
+        self._exchanges.close()
+
     def _adopted(self, answer: Answered) -> None:
         """In the link's thread: nobody waits for it."""
         said = answer.result.reason or dict(link.metrics(answer.result)) or "without scores"
@@ -141,8 +161,19 @@ class LinkGrid(MessageGrid):
             question = link.question(kind, asked, spec, payloads[asked.payload])
             blobs = {spec.sha256: self._spec, question.payload.sha256: asked.payload}
             self._asked[asked.node, question.id] = asked
-            questions.append(Asked(asked.node, question, blobs, answer or self._mailbox.put))
+            most = self._most_bytes(kind, asked)
+            questions.append(Asked(asked.node, question, blobs, answer or self._mailbox.put, most))
         self.hub.ask(questions)
+
+    def _most_bytes(self, kind: pb.Kind, asked: Assignment) -> int:
+        """Bytes of the largest answer. A wrong one of about that size comes in, and admission says what is wrong."""
+        if kind not in (pb.DESCRIBE, pb.TRAIN):
+            return INLINE_BYTES
+        if kind == pb.DESCRIBE or self._described is None:
+            return self.hub.limits.result_bytes
+        settings, description = self.spec.recipe, self._described
+        shared = SharedAdapter(recipe_of(self.spec), settings, description.layout, description.start)
+        return INLINE_BYTES + uplink_of(self.spec).size(shared.sent(asked.round, asked.rank))
 
     def _answers(self, timeout: float) -> Iterator[Answered]:
         """Each answer to what is open, closed once the caller has dealt with it."""

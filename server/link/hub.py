@@ -21,7 +21,7 @@ from ...protocols.identity import Peer
 from .desk import Asked, Desk
 from .door import Door
 from .limits import Limits
-from .session import Session
+from .session import Read, Session
 from .stopped import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ class Hub:
         methods: dict[str, Any] = {
             link.JOIN: grpc.unary_unary_rpc_method_handler(self._join),
             link.OPEN: grpc.stream_stream_rpc_method_handler(self._open),
+            link.ANSWER: grpc.stream_unary_rpc_method_handler(self._answer),
         }
         return grpc.method_handlers_generic_handler(link.SERVICE, methods)
 
@@ -229,15 +230,30 @@ class Hub:
         finally:
             del self._sessions[session]
 
-    def _session(self, peer: Peer, context: Context) -> Session:
-        async def read() -> bytes | None:
-            raw = await context.read()
-            return raw if isinstance(raw, bytes) else None
+    async def _answer(self, _requests: Any, context: Context) -> bytes:
+        """Answers of a node whose stream is open, over a connection down which nothing comes."""
+        try:
+            peer = self.door.identify(context)
+            refusal = await asyncio.to_thread(self.door.refusal, peer)
+            own = [session for session in self._sessions if session.peer.node == peer.node]
+            if refusal is not None or not own:
+                raise PayloadError(refusal or "answers belong to a stream that is open")
+            await context.send_initial_metadata(((link.TAKEN_KEY, "1"),))
+            await own[-1].answers(_reads(context))
+        except PayloadError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:500])
+        except BROKEN:
+            pass
+        except Exception:  # gRPC would tell the peer what it says
+            logger.exception("a connection of answers failed")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, OWN_FAULT)
+        return b""
 
+    def _session(self, peer: Peer, context: Context) -> Session:
         async def renew(peer: Any, csr: bytes) -> bytes:
             return await asyncio.to_thread(self.door.renew, peer, csr)
 
-        return Session(peer, self.limits, read=read, write=context.write, renew=renew)
+        return Session(peer, self.limits, read=_reads(context), write=context.write, renew=renew)
 
     async def _reject(self, context: Context, reason: str, *, final: bool) -> None:
         """Say why, unless the peer does not read that either."""
@@ -267,6 +283,16 @@ class Hub:
             if refusal is not None:
                 logger.warning("node %d is let go: %s", session.peer.node, refusal)
                 session.close(pb.Down(rejected=pb.Rejected(reason=refusal, final=True)))
+
+
+def _reads(context: Context) -> Read:
+    """Reads the next frame; None at the end."""
+
+    async def read() -> bytes | None:
+        raw = await context.read()
+        return raw if isinstance(raw, bytes) else None
+
+    return read
 
 
 def host_of(peer: str) -> str:

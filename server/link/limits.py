@@ -10,6 +10,7 @@ from ...protocols.spec import Section
 class Limits(Section):
     """Sizes in bytes, times in seconds.
 
+    `result_bytes` is the most that any answer has; of a run whose layout is known, an answer has no more than it needs.
     A node that said nothing for `silence` is taken for gone; one that is gone for `absence` in a round fails that round.
     """
 

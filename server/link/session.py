@@ -35,6 +35,8 @@ class Session:
         self._closed = asyncio.Event()
         self._last: bytes | None = None
         self._renewed = -math.inf
+        self._desk: Desk | None = None
+        self._answering: asyncio.Future[None] | None = None
 
     def close(self, frame: pb.Down) -> None:
         """End the stream after this frame."""
@@ -51,10 +53,11 @@ class Session:
         beat = self.limits.beat
         await self._write(
             pb.Down(
-                welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat)
+                welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat, answers=True)
             ).SerializeToString()
         )
         desk.enter(self.outbox, hello.rank)
+        self._desk = desk
         jobs = (self._reading(desk), self._writing(), self._closed.wait())
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
         try:
@@ -65,9 +68,34 @@ class Session:
                 task.result()
         finally:
             desk.leave(self.outbox)
+            self._desk = None
+            if self._answering is not None:
+                self._answering.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def answers(self, read: Read) -> None:
+        """Take answers to zeroth-order frames over a connection of their own, until it or this stream ends.
+
+        Raises PayloadError where this stream is not open, or what comes is no answer. A newer connection takes the
+        older one's place.
+        """
+        if self._desk is None:
+            raise PayloadError("answers belong to a stream that is open")
+        if self._answering is not None:
+            self._answering.cancel()
+        own = self._answering = asyncio.ensure_future(self._answers(self._desk, read))
+        try:
+            await asyncio.wait([own])
+        finally:
+            own.cancel()
+        if not own.cancelled():
+            own.result()
+
+    async def _answers(self, desk: Desk, read: Read) -> None:
+        while (raw := await read()) is not None and not self._closed.is_set():
+            desk.answer(link.read_answer(raw))
 
     async def _farewell(self, tasks: list["asyncio.Future[Any]"], last: bytes) -> None:
         """One write at a time: the writer is stopped before the last frame goes out."""
@@ -86,13 +114,16 @@ class Session:
         return frame.hello
 
     async def _reading(self, desk: Desk) -> None:
-        while True:
-            raw = await asyncio.wait_for(self._read(), self.limits.silence)
-            if raw is None or self._closed.is_set():  # a node that was shut out delivers nothing more
-                return
-            frame = link.read_up(raw)
-            if frame is not None and await self._handled(desk, frame):
-                return
+        loop, silence = asyncio.get_running_loop(), self.limits.silence
+        async with asyncio.timeout(silence) as timer:
+            while (raw := await self._read()) is not None:
+                timer.reschedule(None)  # what is done here is not the node's silence
+                if self._closed.is_set():  # a node that was shut out delivers nothing more
+                    return
+                frame = link.read_up(raw)
+                if frame is not None and await self._handled(desk, frame):
+                    return
+                timer.reschedule(loop.time() + silence)
 
     async def _handled(self, desk: Desk, frame: pb.Up) -> bool:
         """Whether the node has taken its leave."""

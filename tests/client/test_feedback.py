@@ -22,6 +22,10 @@ TOP_K = TopK(0.2, CODECS["fp32"])
 Rotation = Mapping[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]
 
 
+LATER = 1000
+"""A round after all others: what is left before it is the last residual."""
+
+
 def changes(rounds: int, seed: int = 0) -> list[Flat]:
     random = np.random.default_rng(seed)
     return [random.standard_normal(LAYOUT.size).astype(np.float32) for _ in range(rounds)]
@@ -52,7 +56,7 @@ def imbalance(turns: list[Rotation], told: list[Rotation], codec: Codec = TOP_K)
         payload = feedback.encode(asked(7, key), change, heard, codec, key)
         sent += in_first_basis(codec.decode(payload, LAYOUT), turn)
         moved += in_first_basis(change, turn)
-    residual = feedback.corrected(7, np.zeros(LAYOUT.size, np.float32), {})
+    residual = feedback.corrected(asked(7, LATER), np.zeros(LAYOUT.size, np.float32), {})
     assert np.abs(residual).max() > 0.1, "something must have been left out"
     return float(np.abs(sent - (moved - residual)).max())
 
@@ -95,7 +99,7 @@ def test_any_layout_balances(layout: AdapterLayout, seed: int) -> None:
         change = random.standard_normal(layout.size).astype(np.float32)
         sent += TOP_K.decode(feedback.encode(asked(0, number), change, {}, TOP_K, 0), layout)
         moved += change
-    residual = feedback.corrected(0, np.zeros(layout.size, np.float32), {})
+    residual = feedback.corrected(asked(0, LATER), np.zeros(layout.size, np.float32), {})
     assert np.allclose(sent, moved - residual, atol=1e-5)
 
 
@@ -103,19 +107,19 @@ def test_nodes_have_residuals_of_their_own_and_inputs_stay_as_they_are() -> None
     feedback, (first, second) = Feedback(LAYOUT), changes(2)
     before = first.copy()
     feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
-    assert np.array_equal(feedback.corrected(2, second, {}), second)
-    assert not np.array_equal(feedback.corrected(1, second, {}), second)
+    assert np.array_equal(feedback.corrected(asked(2, LATER), second, {}), second)
+    assert not np.array_equal(feedback.corrected(asked(1, LATER), second, {}), second)
     assert np.array_equal(first, before)
 
 
 def test_a_change_that_is_not_finite_leaves_the_residual_as_it_was() -> None:
     feedback, (first, second) = Feedback(LAYOUT), changes(2)
     feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
-    before = feedback.corrected(1, second, {})
+    before = feedback.corrected(asked(1, LATER), second, {})
     payload = feedback.encode(asked(1, 2), np.full_like(first, np.nan), {}, TOP_K, 0)
     with pytest.raises(PayloadError, match="NaN"):
         TOP_K.decode(payload, LAYOUT)
-    assert np.array_equal(feedback.corrected(1, second, {}), before)
+    assert np.array_equal(feedback.corrected(asked(1, LATER), second, {}), before)
 
 
 def test_a_round_that_is_asked_for_again_sends_the_same_bytes() -> None:

@@ -73,6 +73,11 @@ CLAUSES: list[tuple[dict[str, Any], list[str], list[str], str]] = [
     ({"public": ["open"]}, ["adapter.public=closed"], ["adapter.public=open"], 'public = ["open"]'),
     ({"units": ["example"]}, ["adapter.public=open"], [], "public = []"),
     ({"most_steps": 5}, ["local.steps=6"], ["local.steps=5"], "local.steps = 5 or less"),
+    ({"most_batch": 4}, ["local.batch_size=5"], ["local.batch_size=4"], "local.batch_size = 4 or less"),
+    ({"most_length": 16}, ["model.max_length=17"], ["model.max_length=16"], "model.max_length = 16 or less"),
+    ({"most_rounds": 3}, ["run.rounds=4"], ["run.rounds=3"], "run.rounds = 3 or less"),
+    ({}, ["local.steps=100001"], ["local.steps=100000"], "local.steps = 100000 or less"),
+    ({}, ["local.batch_size=16385"], ["local.batch_size=16384"], "most_batch = 16384"),
     ({"least_noise": 1.5}, ["privacy.noise_multiplier=1.4999"], ["privacy.noise_multiplier=1.5"], "= 1.5 or more"),
     ({"most_clip": 0.5}, ["privacy.clip=0.5001"], ["privacy.clip=0.5"], "privacy.clip = 0.5 or less"),
     (
@@ -120,6 +125,15 @@ def test_steps_that_follow_from_the_data_cannot_be_bounded() -> None:
     (problem,) = policy_of(most_steps=7).problems(spec, None)
     assert "Way out: local.steps = 7 or less" in problem
     assert not any(character in problem.replace("most_steps = 7", "") for character in "012345689")
+
+
+def test_passes_over_the_data_are_bounded_where_steps_are_not() -> None:
+    policy = policy_of(most_epochs=2.0)
+    (problem,) = policy.problems(client_of("local.epochs=2.5").spec, None)
+    assert "local.epochs = 2.5 is above the site's most_epochs = 2." in problem
+    for right in ("local.epochs=2", "local.steps=1000"):
+        assert policy.problems(client_of(right).spec, None) == []
+    assert policy_of().problems(client_of("local.epochs=1e9").spec, None) != []
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -172,6 +186,11 @@ def test_a_policy_without_clauses_objects_to_nothing(recipe: str, unit: str, see
         ("most_epsilon_per_run = 0.0", "greater than 0"),
         ("most_steps = 0", "policy.most_steps = 0"),
         ("most_steps = 2.5", "policy.most_steps = 2.5"),
+        ("most_batch = 0", "policy.most_batch = 0"),
+        ("most_length = true", "policy.most_length = True"),
+        ("most_epochs = inf", "policy.most_epochs = inf"),
+        ("hub = 1", "policy.hub"),
+        ('hub = "gpt2"', "policy.hub"),
         ("most_epsilon = 1\ndelta = 1", "policy.delta = 1"),
         ("most_epsilon = 1\ndelta = nan", "policy.delta = nan"),
         ("most_epsilon = 1\ndelta = 1e-13", "policy.delta = 1e-13"),

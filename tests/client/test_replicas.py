@@ -8,6 +8,7 @@ import pytest
 
 from fedapt.client.batches import plan_batches
 from fedapt.client.client import Client
+from fedapt.client.replicas import Replica
 from fedapt.client.tasks import Indices
 from fedapt.client.trainer import Member, Moments
 from fedapt.protocols.codecs import CODECS
@@ -54,8 +55,17 @@ class Federation:
         return updates
 
     def own(self, node: int) -> Flat:
-        assert self.client.replicas is not None
-        return self.client.replicas._now[node].own
+        return standing(self.client, node).own
+
+
+def standing(client: Client, node: int) -> Replica:
+    """How the node stands after its last round."""
+    assert client.replicas is not None
+    return client.replicas.before(asked_of(node, 1000))
+
+
+def asked_of(node: int, round_: int) -> Assignment:
+    return Assignment("run", round_, 1, node, "", b"")
 
 
 def plain(client: Client, node: int, rounds: int) -> Flat:
@@ -96,9 +106,9 @@ def test_an_inner_optimizer_that_forgets_would_be_caught() -> None:
         federation.step()
         forgetful = federation.client.replicas
         assert forgetful is not None
-        now = forgetful._now[40]
+        now = standing(federation.client, 40)
         nothing = np.zeros_like(now.own)
-        forgetful._now[40] = replace(now, moments=Moments(nothing, nothing))
+        forgetful.keep(asked_of(40, now.round), replace(now, moments=Moments(nothing, nothing)))
     expected = plain(diloco(*local), 40, 5)
     start = federation.client.shared.initial_state()
     assert np.linalg.norm(federation.state - expected) > 1e-2 * np.linalg.norm(expected - start)
@@ -169,9 +179,7 @@ def test_who_joins_late_is_silent_until_it_has_seen_every_fragment(fragments: in
     for _ in range(4):
         kinds.append({u.node: u.kind for u in federation.step([10, 40, 50])}[50])
     assert kinds == ["empty"] * (fragments - 1) + ["delta"] * (5 - fragments)
-    replicas = client.replicas
-    assert replicas is not None
-    assert np.array_equal(replicas._now[50].outer, replicas._now[10].outer)
+    assert np.array_equal(standing(client, 50).outer, standing(client, 10).outer)
 
 
 def test_who_misses_a_round_is_silent_until_what_it_missed_comes_again() -> None:
@@ -182,9 +190,7 @@ def test_who_misses_a_round_is_silent_until_what_it_missed_comes_again() -> None
     kinds = [{u.node: u.kind for u in federation.step()}[40] for _ in range(4)]
     # Round 2 brought what round 1 had moved, which moves again in round 4 and comes in round 5.
     assert kinds == ["empty", "empty", "delta", "delta"]
-    replicas = client.replicas
-    assert replicas is not None
-    assert np.array_equal(replicas._now[40].outer, replicas._now[10].outer)
+    assert np.array_equal(standing(client, 40).outer, standing(client, 10).outer)
 
 
 def test_a_round_that_is_asked_for_again_starts_from_where_it_did() -> None:

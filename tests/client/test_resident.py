@@ -101,6 +101,26 @@ def test_refusals(tmp_path: Path) -> None:
     assert resident._loaded is None
 
 
+def test_nothing_is_downloaded_that_the_site_has_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a download was begun")
+
+    monkeypatch.setattr("fedapt.client.resident.load", load)
+    resident, spec = resident_of(tmp_path), spec_of("model.base=gpt2")
+    result, _ = resident.work(*asked_for(pb.TRAIN, spec, b"x"))
+    assert (result.kind, 'hub = ["gpt2"]' in result.reason) == ("refused", True)
+    with pytest.raises(PrivacyError, match="would be downloaded"):
+        resident.work(*asked_for(pb.DESCRIBE, spec))
+    with pytest.raises(RunError, match="AssertionError"):  # the control
+        resident.work(*asked_for(pb.DESCRIBE, spec_of()))
+
+
+def test_a_round_beyond_the_runs_last_is_refused(tmp_path: Path) -> None:
+    resident = resident_of(tmp_path, policy="most_rounds = 3")
+    result, _ = resident.work(*asked_for(pb.TRAIN, spec_of(), b"x", round_=4))
+    assert (result.kind, result.reason) == ("refused", "round 4 of a run of 3")
+
+
 def test_a_rank_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """The server is told what this site can afford; one that asks for more all the same gets no update."""
     resident, spec = resident_of(tmp_path, extra="most_rank = 1"), spec_of("recipe.name=flexlora")

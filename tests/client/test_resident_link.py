@@ -58,6 +58,7 @@ def simulated(spec: RunSpec, folders: list[Path], monkeypatch: pytest.MonkeyPatc
     return coordinator
 
 
+@pytest.mark.slow
 def test_rounds_evaluation_and_adapter(tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rounds over the link are three rounds of the simulation, byte for byte; then scores, then the adapter."""
     spec, folders = spec_of(), sites(tmp_path, server)

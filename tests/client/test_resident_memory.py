@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedapt.client.adapted import AdaptedModel
 from fedapt.client.batches import plan_batches
+from fedapt.client.blocks import stacked_blocks
 from fedapt.client.checkpointed import checkpoint_blocks
-from fedapt.client.halfway import Halfway
+from fedapt.client.halfway import Halfway, Point
 from fedapt.client.models import load_model
-from fedapt.client.prefix import _blocks
 from fedapt.client.stopped import StoppedWork
 from fedapt.client.trainer import Member, Trained, Trainer
 from fedapt.kernels.cohort import Batched, Forward, Looped
@@ -95,6 +95,36 @@ def test_another_work_or_member_starts_anew(tmp_path: Path) -> None:
     assert same(again, expected)
 
 
+def test_a_disk_that_is_full_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One, whatever number of tries; and the next one that succeeds is there."""
+    trainer = trainer_of("sgd")
+    member = member_of(trainer)
+    (expected,) = trainer.train(SITES.examples, [member])
+    kept = Halfway(tmp_path / "full" / "h.safetensors", seconds=0)
+    kept.begin(b"work")
+    (actual,) = replace(trainer, halfway=kept).train(SITES.examples, [member])
+    assert same(actual, expected)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "cannot be kept" in said
+    (tmp_path / "full").mkdir()
+    replace(trainer, halfway=kept).train(SITES.examples, [member])
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["h.safetensors"]
+
+
+def test_what_a_full_disk_took_of_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Halfway(tmp_path / "h.safetensors", seconds=0)
+    kept.begin(b"work")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedapt.client.halfway.os.fsync", full)
+    kept.stop()
+    with pytest.raises(StoppedWork):  # it ends as it was told to, with what was kept before
+        kept.reached(b"", lambda: Point(1, {}, {}, torch.zeros(1)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_written_as_often_as_asked(tmp_path: Path) -> None:
     now = [0.0]
     kept = Halfway(tmp_path / "h.safetensors", seconds=10, clock=lambda: now[0])
@@ -143,7 +173,7 @@ def test_checkpointed_blocks_give_the_same_bytes_and_run_twice(
         return [logits.detach(), *torch.autograd.grad((logits * weights).sum(), list(stack.values()))]
 
     expected = gradients()
-    block, runs = _blocks(adapted.model)[0], list[bool]()
+    block, runs = stacked_blocks(adapted.model)[0], list[bool]()
     original = type(block).forward
 
     def counted(self: torch.nn.Module, *args: object, **kwargs: object) -> object:

@@ -115,6 +115,36 @@ def test_a_servers_folder_needs_one_here(tmp_path: Path) -> None:
             site.local(spec_of(f"model.base={base}"))
 
 
+@pytest.mark.parametrize(
+    ("policy", "allowed"),
+    [
+        ("", []),
+        ("hub = true", ["org/base", "gpt2"]),
+        ('hub = ["org/base"]', ["org/base"]),
+        (f'hub = true\nbase = "{64 * "a"}"', []),
+    ],
+)
+def test_what_is_downloaded_is_what_the_site_names(tmp_path: Path, policy: str, allowed: list[str]) -> None:
+    """A pinned base is not: what its hash is, the download would tell."""
+    site = site_of(tmp_path, WHOLE + policy)
+    for base in ("org/base", "gpt2"):
+        problems = site.problems(spec_of(f"model.base={base}"))
+        assert (problems == []) == (base in allowed)
+        assert all("fedapt client import" in problem for problem in problems)
+    assert site.problems(spec_of()) == [], "what comes with the program is here"
+    (tmp_path / "model").mkdir()
+    import_base(tmp_path, "org/base", tmp_path / "model", 64 * "b")
+    assert Site.load(tmp_path).problems(spec_of("model.base=org/base")) == []
+
+
+def test_public_data_is_downloaded_where_the_site_names_it(tmp_path: Path) -> None:
+    spec = spec_of("recipe.initial_a=eva", "adapter.public=org/texts")
+    (problem,) = site_of(tmp_path).problems(spec)
+    assert 'adapter.public = "org/texts" would be downloaded' in problem
+    for allowed in ('public = ["org/texts"]', "hub = true", 'hub = ["org/texts"]'):
+        assert site_of(tmp_path, WHOLE + allowed).problems(spec) == []
+
+
 def test_precision_is_the_sites_where_it_says_so(tmp_path: Path) -> None:
     site = site_of(tmp_path, WHOLE + '[train]\nprecision = "bf16"\n')
     assert site.local(spec_of()).model.precision == "bf16"

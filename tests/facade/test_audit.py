@@ -156,6 +156,7 @@ def test_noise_that_is_correlated_over_rounds(capsys: pytest.CaptureFixture[str]
     assert "turns: 100 clients in 4 rounds: 2 turns at most, 2 stated" in out
 
 
+@pytest.mark.slow
 def test_membership_in_adapters_that_promise_nothing(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
     overrides = ("--set", "data.limit=4", "--set", "recipe.name=ffa")
     code, out, _ = in_process(capsys, "audit", tiny, "--membership", 4, *overrides)

@@ -2,12 +2,14 @@
 
 import json
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fedapt.client.enrolment import SiteKeys
 from fedapt.client.status import Status, alone_in
+from fedapt.server.authority import Authority
 
 from .running import in_process
 
@@ -155,6 +157,41 @@ def test_status_pause_and_resume(site: Path, capsys: pytest.CaptureFixture[str])
         assert text.startswith("running; 127.0.0.1:1: connected since")
         assert "tiny round 1: delta, loss 2.5" in text
     assert not status()["connected"]
+
+
+def certified(folder: Path, ago: timedelta) -> None:
+    """A site that joined so long ago, and was not connected since."""
+    authority = Authority.create(folder.parent / "ca", ["localhost"], now=lambda: datetime.now(UTC) - ago)
+    keys = SiteKeys.make(folder / "keys")
+    keys.accept(authority.certify(keys.request()), authority.roots_pem)
+    server = '[server]\naddress = "127.0.0.1:1"\n'
+    (folder / "client.toml").write_text(f'{server}[data]\nsource = "own.jsonl"\n[policy]\n')
+
+
+@pytest.mark.parametrize(
+    ("days", "warning"), [(50, None), (70, "ends in 19 days"), (91, "expired on")], ids=["valid", "due", "expired"]
+)
+def test_status_warns_of_the_certificates_end(
+    site: Path, capsys: pytest.CaptureFixture[str], days: int, warning: str | None
+) -> None:
+    certified(site, timedelta(days=days))
+    facts = json.loads(in_process(capsys, "client", "status", "--folder", site, "--json")[1])
+    text = in_process(capsys, "client", "status", "--folder", site)[1]
+    assert f"certificate  until {facts['expires'][:10]}" in text
+    if warning is None:
+        assert (facts["warning"], "WARNING" in text) == (None, False)
+    else:
+        assert warning in facts["warning"]
+        assert f"WARNING      {facts['warning']}" in text
+
+
+def test_a_certificate_that_ran_out_says_how_to_join_again(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with exit code 2, where a server that is away would be tried for ever."""
+    certified(site, timedelta(days=91))
+    code, _, err = in_process(capsys, "client", "start", "--folder", site)
+    assert code == 2
+    assert "certificate expired on" in err
+    assert "fedapt client join TOKEN" in err
 
 
 def test_an_import_is_noted(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Example:" in out
 
 
+@pytest.mark.slow
 def test_real_runs(tiny: Path, tmp_path: Path) -> None:
     """What a simulation writes is what a comparison reads."""
     paths = []

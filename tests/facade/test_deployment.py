@@ -116,6 +116,7 @@ def federation(operator: Path, spec: Path) -> Iterator["subprocess.Popen[bytes]"
         yield server
 
 
+@pytest.mark.slow
 def test_a_federation_of_two_sites(operator: Path, tmp_path: Path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(SPEC.format(rounds=2, recipe="fedsvd", evaluates="true"))

@@ -74,7 +74,9 @@ def test_same_spec_and_seed_give_the_same_bytes(tiny: Path, tmp_path: Path) -> N
     assert second.outcome.complete
 
 
-@pytest.mark.parametrize("recipe", ["fedsvd", "refresh", "flora", "rolora"])
+@pytest.mark.parametrize(
+    "recipe", ["fedsvd", "refresh", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flora", "rolora"))]
+)
 def test_a_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, recipe: str) -> None:
     spec = RunSpec.load(tiny, [f"recipe.name={recipe}", *SHORT.get(recipe, [])])
     run(spec.set("run.rounds=1"), tmp_path / "out")

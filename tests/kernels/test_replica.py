@@ -53,6 +53,26 @@ def test_numpy_and_machine_code_give_one_state(terms: Terms, count: int, seed: i
     assert np.array_equal(fast.weights, slow.weights)
 
 
+@terms_
+def test_parameters_decay_where_a_segment_opens(terms: Terms) -> None:
+    """w·(1 − decay·2⁻²⁴) in fp32, then the step; a snapshot of either form says the same."""
+    steps = [replace(step, decay=n * 1000 * (n % 3 == 0)) for n, step in enumerate(steps_of(terms, 7))]
+    fresh = Replica.begin(terms, START)
+    before, opened = after(fresh, steps[:3]), after(fresh, steps[:4])
+    start = opened.lattice.segment.start
+    assert np.array_equal(start, before.weights * np.float32(1 - 3000 / 2**24))
+    assert not np.array_equal(start, before.weights)
+    for middle in (opened, after(fresh, steps[:5])):
+        restored = fresh.restored(middle.snapshot())
+        assert after(restored, steps[middle.number :]).proof == after(fresh, steps).proof
+
+
+def test_parameters_decay_nowhere_else() -> None:
+    steps = [step_of(OWN, 1), replace(step_of(OWN, 2), decay=1)]
+    with pytest.raises(PayloadError, match="with the decay 1, and segment 1"):
+        after(Replica.begin(OWN, START), steps)
+
+
 def test_a_step_moves_against_the_slopes() -> None:
     terms = Terms(5, "shared", 1, INT8)
     moved = Replica.begin(terms, START).after(Step(1, 1, -10, 3, 0, np.array([7], "<i4").tobytes()))
@@ -79,7 +99,7 @@ def test_a_pool_makes_snapshots_short() -> None:
     pooled = after(Replica.begin(POOL, START), steps_of(POOL, 7))
     dense = after(Replica.begin(OWN, START), steps_of(OWN, 7))
     assert len(dense.snapshot()) > 8 * 150
-    assert len(pooled.snapshot()) == len(dense.snapshot()) - 8 * 150 + 3 * (2 + 4 * 9)
+    assert len(pooled.snapshot()) == len(dense.snapshot()) - 8 * 150 + 3 * (6 + 4 * 9)
 
 
 def test_a_dense_snapshot_of_a_pooled_run_goes_on_without_its_sums() -> None:

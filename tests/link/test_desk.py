@@ -1,6 +1,6 @@
 """A desk under any order of events: each question has exactly one answer, and it is the one that was sent."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -201,6 +201,23 @@ def test_a_result_that_is_too_large_fails_before_it_travels() -> None:
     assert (answer.result.kind, answer.payload) == (link.FAILED, b"")
     assert "1073741824 bytes; at most 1000" in answer.result.reason
     assert not outbox.wanted()
+
+
+def test_a_result_that_is_larger_than_what_was_asked_for_fails_too() -> None:
+    """`result_bytes` has room for any run; one run needs as much as its update has."""
+    asker = Asker(1)
+    desk, outbox = desk_with()
+    desk.ask(replace(asker.asked, most_bytes=len(asker.payload) - 1))
+    desk.result(asker.result())
+    (answer,) = asker.answers
+    assert (
+        answer.result.reason
+        == f"a result of {len(asker.payload)} bytes; at most {len(asker.payload) - 1} for what was asked"
+    )
+    assert not outbox.wanted()
+    desk.ask(replace(asker.asked, most_bytes=len(asker.payload)))
+    desk.result(asker.result())
+    assert outbox.wanted(), "the control: as large as it may be"
 
 
 def test_bytes_that_are_not_what_was_named_are_asked_for_again_once() -> None:

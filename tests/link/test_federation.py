@@ -4,7 +4,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from fedapt.client.link import Backoff, Link, RejectedError
 from fedapt.outputs import spec_toml
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
-from fedapt.protocols.blobs import CHUNK_BYTES
+from fedapt.protocols.blobs import CHUNK_BYTES, INLINE_BYTES
 from fedapt.protocols.errors import RunError
+from fedapt.protocols.identity import TrustError
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
 from fedapt.server.app import server_app
@@ -286,7 +287,7 @@ def test_what_a_dead_node_has_done_is_told_by_its_next_process(hub: Hub, tmp_pat
     spec, worker = spec_of(1, 1), Counting(Arithmetic(1, WIDTH))
     worker.leave.set()
     grid, about = LinkGrid(hub, spec), Assignment("run", 1, 1, 1, "v", bytes(4 * layout_of(WIDTH).size))
-    question = link.question(pb.TRAIN, about, link.blob(b""), link.blob(about.payload))
+    question = link.question(pb.TRAIN, about, link.blob(spec.to_json().encode()), link.blob(about.payload))
     result, payload = worker.worker.work(question, b"", about.payload)
     Kept(tmp_path / "1").keep(result, payload)
     with nodes_here([link_of(hub.port, worker, 1, tmp_path)]):
@@ -297,6 +298,38 @@ def test_what_a_dead_node_has_done_is_told_by_its_next_process(hub: Hub, tmp_pat
         (reply,) = grid.replies(20)
     assert isinstance(reply, Update)
     assert not worker.asked
+
+
+@dataclass
+class Boastful:
+    """A node that claims 64 MB for its update."""
+
+    worker: Arithmetic
+
+    def work(self, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        result, good = self.worker.work(question, spec, payload)
+        if question.kind == pb.TRAIN:
+            result.payload.CopyFrom(pb.Blob(sha256=bytes(32), size=64_000_000))
+        return result, good
+
+    def exchange(self, body: bytes) -> bytes:
+        return body
+
+
+def test_a_node_can_send_as_much_as_an_update_has(hub: Hub, tmp_path: Path) -> None:
+    """The grid knows how much that is from the description, its own or that of the run that goes on."""
+    spec, layout = spec_of(1, 1), layout_of(WIDE)
+    assigned = Assignment("run", 1, 1, 1, "v", bytes(4 * layout.size))
+    with nodes_here([link_of(hub.port, Boastful(Arithmetic(1, WIDE)), 1, tmp_path)]):
+        first = LinkGrid(hub, spec)
+        description = first.describe()
+        for number, grid in enumerate((first, LinkGrid(hub, spec, description=description)), 1):
+            grid.send([replace(assigned, round=number)])
+            (reply,) = grid.replies(20)
+            assert isinstance(reply, Failure)
+            assert reply.reason == (
+                f"a result of 64000000 bytes; at most {INLINE_BYTES + 4 * layout.size} for what was asked"
+            )
 
 
 def test_what_is_withdrawn_is_not_begun(hub: Hub, tmp_path: Path) -> None:
@@ -337,6 +370,42 @@ def test_a_wait_can_be_called_off(hub: Hub) -> None:
     grid.send([Assignment("run", 1, 1, 1, "v", b"")])
     with pytest.raises(StoppedError):
         list(grid.replies(20))
+
+
+class RanOut:
+    """A certificate that has; somebody counts how often that is looked at."""
+
+    def __init__(self) -> None:
+        self.looked = 0
+
+    def due(self) -> bytes | None:
+        return None
+
+    def accept(self, chain: bytes) -> None:
+        raise NotImplementedError
+
+    def require_valid(self) -> None:
+        self.looked += 1
+        raise TrustError("it expired")
+
+
+def test_a_node_whose_certificate_ran_out_stops_trying_where_it_is_not_let_in(
+    hub: Hub, door: OpenDoor, tmp_path: Path
+) -> None:
+    """Its clock may be wrong: while the server lets it in, it does not matter what that says."""
+    own = link_of(hub.port, Arithmetic(1, WIDTH), 1, tmp_path)
+    own.renewal = renewal = RanOut()
+
+    def visit() -> None:
+        with nodes_here([own]) as (future,):
+            until(lambda: hub.nodes() == [1], "the node is here")
+            assert not renewal.looked
+            door.refused.add(1)
+            until(future.done, "the node gives up", 20)
+
+    with pytest.raises(TrustError, match="it expired"):
+        visit()
+    assert renewal.looked == 1
 
 
 class Broken:

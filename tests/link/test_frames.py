@@ -301,7 +301,14 @@ def test_questions_have_the_same_id_only_if_they_are_the_same(
 ) -> None:
     second = data.draw(st.one_of(st.just(first), st.tuples(*(st.integers(1, 4),) * 5, names)))
     one, two = (
-        link.question_id(kind, Assignment(run, round_, attempt, node, "v", b"", rank))  # type: ignore[arg-type]
+        link.question_id(kind, Assignment(run, round_, attempt, node, "v", b"", rank), bytes(32))  # type: ignore[arg-type]
         for kind, round_, attempt, node, rank, run in (first, second)
     )
     assert (one == two) == (first == second)
+
+
+def test_the_same_round_of_a_run_with_another_spec_is_another_question() -> None:
+    """Else an answer that was kept of a run that had the name before would serve for the new one."""
+    asked = Assignment("run", 1, 1, 7, "v", b"")
+    ids = {link.question(pb.TRAIN, asked, link.blob(spec), link.blob(b"")).id for spec in (b"one", b"other")}
+    assert len(ids) == 2

@@ -126,6 +126,7 @@ def test_a_fixed_size_draw_is_charged_by_rdp() -> None:
     assert spent([event(1.0, FixedSize(1, 100), 10)], 1e-5).method == "RDP"
 
 
+@pytest.mark.slow
 def test_an_accountant_that_takes_fixed_size_for_poisson_is_told_apart() -> None:
     def planted(events: list[Event], delta: float) -> Account:
         (drawn,) = events
@@ -274,6 +275,7 @@ def test_a_larger_fixed_size_costs_more(z: float, size: int, count: int, further
     assert larger >= epsilon(z, FixedSize(size, 50), count) - slack
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(multipliers, st.floats(0.001, 0.3), rounds)
 def test_the_bounds_stand_in_their_order(z: float, rate: float, count: int) -> None:

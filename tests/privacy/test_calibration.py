@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,11 +12,11 @@ from fedapt.privacy.events import Everyone, FixedSize, GaussianEvent, Poisson, S
 from fedapt.protocols.errors import PrivacyError
 
 DELTA = 1e-5
-CASES: list[tuple[float, Sampling, int]] = [
+CASES: list[Any] = [
     (3.0, Poisson(0.1), 300),
     (8.0, Everyone(), 10),
     (0.1, Everyone(), 1000),
-    (6.0, FixedSize(10, 1000), 100),
+    pytest.param(6.0, FixedSize(10, 1000), 100, marks=pytest.mark.slow),
 ]
 
 

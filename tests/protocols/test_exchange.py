@@ -1,5 +1,6 @@
 from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedapt.protocols.errors import PayloadError
-from fedapt.protocols.exchange import Answer, Exchange, Step, Terms, terms_of
+from fedapt.protocols.exchange import DECAYS, Answer, Exchange, Step, Terms, terms_of
 from fedapt.protocols.scalars import SCALAR_CODES
 from fedapt.protocols.spec import RunSpec
 
@@ -23,6 +24,7 @@ steps = st.builds(
     st.integers(-60, 40),
     st.binary(max_size=40),
     st.sampled_from([b"", bytes(range(32))]),
+    st.sampled_from([0, 1, DECAYS - 1]),
 )
 exchanges = st.builds(
     Exchange,
@@ -61,6 +63,41 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for read in (Step.from_bytes, lambda d: Exchange.from_bytes(1, d), lambda d: Answer.from_bytes(1, d, 16)):
         with suppress(PayloadError):
             read(data)
+
+
+@pytest.mark.parametrize("decay", [0, DECAYS])
+def test_a_decay_that_is_none_is_refused(decay: int) -> None:
+    body = Step(1, 1, 0, 1, 0, b"", decay=5).to_bytes()
+    with pytest.raises(PayloadError, match="a decay of"):
+        Step.from_bytes(body[:-4] + decay.to_bytes(4, "little"))
+
+
+@given(data=st.data(), code=st.sampled_from(sorted(SCALAR_CODES)), mode=st.sampled_from(["own", "pool"]))
+def test_a_step_read_at_once_is_a_step_read_node_by_node(
+    data: st.DataObject, code: str, mode: Literal["own", "pool"]
+) -> None:
+    """Among the shapes are a step of nobody, and one direction."""
+    count = data.draw(st.integers(1, 9))
+    terms = Terms(5, mode, count, SCALAR_CODES[code], 40 if mode == "pool" else 0)
+    entries = [
+        (
+            slot,
+            data.draw(indices_of(count)) if mode == "pool" else b"",
+            terms.code.encode(data.draw(st.lists(st.floats(-99, 99), min_size=count, max_size=count)), -1, slot),
+        )
+        for slot in data.draw(st.sets(st.integers(0, 2**16 - 1), max_size=4))
+    ]
+    read = terms.applied(Step(7, 1, 0, 1, 0, terms.body(entries)))
+    probed = [terms.probed(7, slot, picks) for slot, picks, _ in entries]
+    decoded = [terms.code.decode(codes, count) for _, _, codes in entries]
+    for found, parts in zip(read, [[p[0] for p in probed], [p[1] for p in probed], decoded], strict=True):
+        assert found.tolist() == [number for part in parts for number in part.tolist()]
+
+
+def indices_of(count: int) -> st.SearchStrategy[bytes]:
+    """So many directions of a pool of 40, as an Exchange has them."""
+    indices = st.lists(st.integers(0, 39), min_size=count, max_size=count)
+    return indices.map(lambda own: np.array(own, "<u2").tobytes())
 
 
 def test_sixteen_directions_take_twenty_bytes_up() -> None:

@@ -17,7 +17,6 @@ def spec_of(recipe: str, *overrides: str) -> RunSpec:
         ("fedsvd", ["zeroth.directions=8"], "zeroth.directions: read by onebyte, kseed and dpzo alone"),
         ("onebyte", ["zeroth.pool=8"], "zeroth.pool = 8 is illegal with onebyte: only kseed has a pool"),
         ("onebyte", ["local.steps=4"], "an exchange is one batch"),
-        ("onebyte", ["local.weight_decay=0.1"], "it would round the lattice"),
         ("onebyte", ["adapter.dropout=0.1"], "probes of one loss must see one model"),
         ("onebyte", ["wire.codec=int8"], "zeroth.code is what nodes send in"),
         ("onebyte", ["recipe.learning_rate=0.5"], "local.learning_rate is the step"),

@@ -58,10 +58,10 @@ def all_findings(path: AuditedPath, trials: int = 2000) -> list[Finding]:
     "overrides",
     [
         (),
-        ("recipe.name=fedit", "wire.codec=fp32"),
+        pytest.param(("recipe.name=fedit", "wire.codec=fp32"), marks=pytest.mark.slow),
         ("run.rounds=2", "privacy.separation=5"),
-        ("privacy.separation=1",),
-        ("privacy.noise=simulation",),
+        pytest.param(("privacy.separation=1",), marks=pytest.mark.slow),
+        pytest.param(("privacy.noise=simulation",), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -83,6 +83,7 @@ def test_the_sensitivity_of_independent_rounds(monkeypatch: pytest.MonkeyPatch) 
     assert refuted(sensitivity(path), mu(path, canary_trials(path, 2000))) == {"sensitivity", "μ"}
 
 
+@pytest.mark.slow
 def test_a_long_run_is_audited_as_a_shorter_one() -> None:
     path = path_of("run.rounds=500", "privacy.separation=50")
     assert isinstance(path.event, MatrixEvent)

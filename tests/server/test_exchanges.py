@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedapt.client.exchanger import Probe, Slopes
+from fedapt.kernels.directions import Floats
 from fedapt.kernels.replica import Replica
 from fedapt.protocols.errors import PrivacyError, RunError, SpecError
 from fedapt.protocols.exchange import Answer, Step
@@ -246,6 +248,35 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(recipe: str, stop: str, 
     assert rows == [{k: v for k, v in row.items() if k != "seconds"} for row in whole]
     assert replay(coordinator.start, coordinator.log.rows("run")).proof == reference.replica.proof
     store.close()
+
+
+@recipes
+def test_weight_decay_is_that_of_every_exchange(recipe: str, tmp_path: Path) -> None:
+    """Where no slope moves anything, w ends at w·(1 − rate·decay)^exchanges, less what is due with the next segment; and
+    a run that was stopped between two segments ends with the same bits."""
+    decaying = ("local.learning_rate=0.5", "local.weight_decay=0.01", "zeroth.clip=1.0", "run.evaluate_every=130")
+    spec = spec_of(*chosen(recipe, *decaying, "run.rounds=130"))
+
+    def still(weights: Floats, probes: Sequence[Probe]) -> list[Slopes]:
+        return [Slopes(np.zeros(4))] * len(probes)
+
+    whole = run(spec, Nodes(spec, prober=still))[1]
+    np.testing.assert_allclose(whole.adapter(), START * (1 - 0.5 * 0.01) ** 128, rtol=1e-5)
+    assert [step.number for step in steps_of(whole) if step.decay] == [65, 129]
+
+    store, short = SqliteStore(tmp_path / "run.sqlite"), spec.set("run.rounds=100")
+    list(coordinator_of(short, Nodes(short, prober=still), store).rounds())
+    again = coordinator_of(spec, Nodes(spec, prober=still), store)
+    list(again.rounds())
+    assert again.replica.proof == whole.replica.proof
+    assert replay(again.start, again.log.rows("run")).proof == whole.replica.proof
+    store.close()
+
+
+def test_a_decay_that_leaves_nothing_is_refused() -> None:
+    spec = spec_of("local.learning_rate=2.0", "local.weight_decay=0.5")
+    with pytest.raises(SpecError, match=r"local\.weight_decay = 0\.5 times local.learning_rate = 2 is not below 1"):
+        coordinator_of(spec)
 
 
 def test_another_spec_or_another_grid_is_refused() -> None:

@@ -179,6 +179,44 @@ def test_stopped_and_resumed_from_elsewhere(tmp_path: Path, store: SqliteStore) 
     assert [row["round"] for row in store.rows("long")] == list(range(len(store.rows("long"))))
 
 
+def test_a_run_that_is_stopped_asks_nothing_more(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends leaves its questions where they are; somebody who stops the run withdraws them."""
+    spec = spec_of("run.name=slow", "run.rounds=2", "participation.minimum=1")
+    trained, begun, go = FakeSite.work, list[bytes](), threading.Event()
+
+    def slowly(self: FakeSite, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        if question.kind == pb.TRAIN:
+            begun.append(question.id)
+            assert go.wait(30)
+        return trained(self, question, spec, payload)
+
+    monkeypatch.setattr(FakeSite, "work", slowly)
+    with federation(tmp_path, NAMES[0]) as (hub, _):
+        desk = hub._desk(node_of(NAMES[0]))
+        host = Host(hub, store)
+        host.begin([spec])
+        until(lambda: bool(begun))
+        host.stop()
+        assert set(desk._questions) == set(begun), "what is being done goes on"
+        host = Host(hub, store)
+        host.begin([spec])
+        thread = threading.Thread(target=host.serve, args=(stopping := threading.Event(),))
+        thread.start()
+        store.set_status("slow", "stopping")
+        until(lambda: store.status("slow") == "stopped")
+        until(lambda: not desk._questions)
+        go.set()  # a late answer
+        until(lambda: desk.state == "idle" and not list(tmp_path.glob("*/*.result")))
+        assert store.contributions("slow", 1) == []
+        store.set_status("slow", "running")
+        until(lambda: store.status("slow") == "finished")
+        stopping.set()
+        thread.join()
+    assert begun[0] == begun[1], "it was asked again when it went on"
+
+
 def test_a_name_that_is_taken_is_refused_before_anything_is_served(tmp_path: Path, store: SqliteStore) -> None:
     good, other = spec_of("run.name=good"), spec_of("run.name=taken")
     with federation(tmp_path, NAMES[0]) as (hub, _):

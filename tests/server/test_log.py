@@ -100,6 +100,18 @@ class TestSqlLog(LogSuite):
         yield SqlLog(engine)
         engine.dispose()
 
+    def test_a_run_that_is_served_twice_is_logged_once(self, log: SqlLog) -> None:
+        other = SqlLog(log.engine)
+        for own in (log, other):
+            own.open("run", GENESIS)
+        log.append("run", step_of(1), [EVENT])
+        with pytest.raises(RunError, match="step 1 does not follow row 1: is it served twice"):
+            other.append("run", step_of(1), [EVENT] * 50)
+        spent = log.ledger("run").spent(1e-5).epsilon
+        log.append("run", step_of(2))
+        assert len(list(verified(log.rows("run")))) == 2
+        assert log.ledger("run").spent(1e-5).epsilon == spent
+
     def test_it_only_grows(self, log: SqlLog) -> None:
         fill(log, 2)
         for change in ("UPDATE zeroth_log SET number = 9 WHERE number = 2", "DELETE FROM zeroth_log"):

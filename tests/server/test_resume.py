@@ -102,10 +102,10 @@ def crashes(spec: RunSpec, fresh: Callable[[int], Store], *, after: bool) -> int
     "overrides",
     [
         ("recipe.name=fedsvd", "recipe.optimizer=nesterov"),
-        ("recipe.name=flexlora", "wire.downlink=bf16"),
+        pytest.param(("recipe.name=flexlora", "wire.downlink=bf16"), marks=pytest.mark.slow),
         ("recipe.name=flora", "recipe.budget=3", "adapter.ranks=[1, 2]", "adapter.rank=2"),
-        ("recipe.name=refresh", "recipe.period=1", "recipe.optimizer=nesterov"),
-        ("recipe.name=fedit", "recipe.optimizer=adam", "wire.codec=int8"),
+        pytest.param(("recipe.name=refresh", "recipe.period=1", "recipe.optimizer=nesterov"), marks=pytest.mark.slow),
+        pytest.param(("recipe.name=fedit", "recipe.optimizer=adam", "wire.codec=int8"), marks=pytest.mark.slow),
         ("recipe.name=ffa", "participation.sampling=poisson", "participation.rate=0.5"),
     ],
     ids=lambda overrides: overrides[0].partition("=")[2],
@@ -118,7 +118,7 @@ def test_killed_at_any_call_and_resumed(overrides: tuple[str, ...], after: bool)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "overrides",
-    [("recipe.optimizer=nesterov",), ("recipe.name=flora",)],
+    [("recipe.optimizer=nesterov",), pytest.param(("recipe.name=flora",), marks=pytest.mark.slow)],
     ids=["fedsvd", "flora"],
 )
 def test_killed_at_any_call_and_resumed_from_a_database(

@@ -13,6 +13,7 @@ import torch
 
 from fedapt.client.accounts import Accounts
 from fedapt.client.client import Client, Kept
+from fedapt.protocols.codecs import CODECS
 from fedapt.protocols.errors import ModelError, PayloadError, RunError
 from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
@@ -148,6 +149,19 @@ def test_a_worker_that_is_killed_ends_the_run_and_it_goes_on(spec_of: SpecOf) ->
         resumed = Coordinator(spec, WorkerGrid(client, pool), store)
         assert len(list(resumed.rounds())) == 1
     assert resumed.adapter().tobytes() == trained(spec, LocalGrid(build(spec).client))[0]
+
+
+def test_who_stops_listening_leaves_no_answers_behind(spec_of: SpecOf) -> None:
+    """As a coordinator does that has enough of a round with spares."""
+    client = build(spec_of()).client
+    state, own = client.shared.initial_state(), client.shared.delivered(1)
+    payload = CODECS["fp32"].encode(state, own, 0)
+    work = [Portion([Assignment("run", 1, 1, node, "", payload)], client.kept([])) for node in range(4)]
+    with processes(client, 2) as pool:
+        first = pool.train(work)
+        assert next(first)[0][0].node == 0
+        del first
+        assert [updates[0].node for updates, _ in pool.train(work[2:])] == [2, 3]
 
 
 def test_workers_ignore_ctrl_c_and_end_with_the_pool(spec_of: SpecOf) -> None:
