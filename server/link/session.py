@@ -50,17 +50,13 @@ class Session:
         if self._last is not None:  # closed before it began
             await asyncio.wait_for(self._write(self._last), self.limits.hello)
             return
-        beat = self.limits.beat
-        await self._write(
-            pb.Down(
-                welcome=pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat, answers=True)
-            ).SerializeToString()
-        )
-        desk.enter(self.outbox, hello.rank)
+        desk.enter(self.outbox, hello.rank)  # before the node is told so
         self._desk = desk
-        jobs = (self._reading(desk), self._writing(), self._closed.wait())
-        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(job) for job in jobs]
+        tasks: list[asyncio.Future[Any]] = []
         try:
+            await self._write(self._welcome(protocol))
+            jobs = (self._reading(desk), self._writing(), self._closed.wait())
+            tasks = [asyncio.ensure_future(job) for job in jobs]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._last is not None:
                 await self._farewell(tasks, self._last)
@@ -74,6 +70,11 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _welcome(self, protocol: int) -> bytes:
+        beat = self.limits.beat
+        welcome = pb.Welcome(protocol=protocol, software=link.SOFTWARE, beat_seconds=beat, answers=True)
+        return pb.Down(welcome=welcome).SerializeToString()
 
     async def answers(self, read: Read) -> None:
         """Take answers to zeroth-order frames over a connection of their own, until it or this stream ends.

@@ -44,7 +44,10 @@ ILLEGAL = {
 }
 LEGAL = [(kind, method) for kind in BASES for method in METHODS if (kind, method) not in ILLEGAL]
 LANGUAGE = [(kind, method) for kind, method in LEGAL if kind != "vit"]
-by_base_and_method = pytest.mark.parametrize(("kind", "method"), LEGAL)
+by_base_and_method = pytest.mark.parametrize(
+    ("kind", "method"),
+    [pair if pair[0] in ("bert", "llama") else pytest.param(*pair, marks=pytest.mark.slow) for pair in LEGAL],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -159,6 +159,7 @@ def test_one_example_moves_what_is_summed_by_the_clip_at_most() -> None:
     assert np.linalg.norm(mechanism.grid.values(whole - without)) <= mechanism.sensitivity
 
 
+@pytest.mark.slow
 def test_a_private_site_keeps_an_account_and_stops_at_its_cap() -> None:
     client = zeroth_client("privacy.unit=example", "privacy.epsilon=8", "privacy.noise_multiplier=1.0", "run.rounds=50")
     prober, answers = ClientProber(client), []

@@ -67,7 +67,9 @@ def without_time(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@recipes
+@pytest.mark.parametrize(
+    "recipe", ["onebyte", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kseed", "dpzo"))]
+)
 def test_a_run_leaves_everything_and_goes_on_to_the_same_bytes(recipe: str, tmp_path: Path) -> None:
     spec = spec_of(recipe)
     result = run(spec, tmp_path / "whole")

@@ -24,7 +24,7 @@ def spec_of(path: Path, *overrides: str) -> RunSpec:
     return RunSpec.load(path, [*overrides])
 
 
-@pytest.mark.parametrize("unit", [CLIENT, EXAMPLE], ids=["client", "example"])
+@pytest.mark.parametrize("unit", [CLIENT, pytest.param(EXAMPLE, marks=pytest.mark.slow)], ids=["client", "example"])
 def test_the_plan_foretells_what_the_run_then_spends(tiny: Path, unit: tuple[str, ...]) -> None:
     spec = spec_of(tiny, *unit, "privacy.noise=simulation", "data.partition={kind='iid',clients=2}")
     result = run(spec)

@@ -46,7 +46,7 @@ def test_every_recipe_learns_in_every_code(recipe: str, code: str) -> None:
     assert len({node.replica.proof for node in grid.replicas.values()}) == 1
 
 
-@pytest.mark.parametrize("sides", ["two", "one"])
+@pytest.mark.parametrize("sides", ["two", pytest.param("one", marks=pytest.mark.slow)])
 def test_bytes_converge_as_floats_do(sides: str) -> None:
     """Scalars in fp32, applied by the textbook, against one byte each: the same loss within the spread of the seeds."""
     ends: dict[str, list[float]] = {"bytes": [], "floats": []}

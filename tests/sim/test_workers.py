@@ -60,7 +60,7 @@ PRIVATE = [
         ["recipe.name=fedsvd", "adapter.dropout=0.1"],
         ["recipe.name=fedsvd", "wire.codec=top-k", "wire.density=0.3"],
         ["recipe.name=diloco", "local.optimizer=adamw", "local.learning_rate=0.01", "recipe.fragments=2"],
-        ["recipe.name=ffa", *PRIVATE],
+        pytest.param(["recipe.name=ffa", *PRIVATE], marks=pytest.mark.slow),
         ["recipe.name=fedit", "model.precision=bf16", "participation.sampling=fixed", "participation.rate=0.7"],
     ],
     ids=lambda overrides: " ".join(override.partition("=")[2] for override in overrides[:2]),
