@@ -9,6 +9,9 @@ from ..privacy.ledger import Ledger, SiteLedger
 from ..protocols.errors import PrivacyError
 from ..protocols.update import Assignment
 
+OPEN_FILES = 64
+"""Ledgers of so many nodes stay open; a simulation may charge more nodes than a process may have files."""
+
 
 class Accounts:
     """The nodes' ledgers: a file each in `folder`, or in memory where there is none. Both behave the same.
@@ -58,8 +61,10 @@ class Accounts:
         return self._memory.get((node, run), Ledger({}))
 
     def _file(self, node: int) -> SiteLedger:
-        if node not in self._files:
-            assert self.folder is not None
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._files[node] = SiteLedger(self.folder / f"{node}.sqlite")
-        return self._files[node]
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._files.pop(node, None) or SiteLedger(self.folder / f"{node}.sqlite")
+        self._files[node] = file  # the one that was used last is the last
+        if len(self._files) > OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        return file

@@ -15,8 +15,9 @@ seed = 7                        # the same spec and seed give the same adapter, 
 
 [model]
 base = "builtin:byte-llama"     # any Hugging Face id or local folder
-task = "causal-lm"              # causal-lm | sequence-classification | image-classification
-# labels = 2                    # classes, for the two classification tasks
+task = "causal-lm"              # causal-lm | sequence-classification | prompted-classification | image-classification
+# labels = 2                    # classes, for the classification tasks
+# template = "{{text}} It was"    # of prompted-classification, with verbalizers = ["terrible", "great"]
 max_length = 128                # tokens
 precision = "fp32"              # of the frozen base: fp32 | bf16; adapters are always fp32
 
@@ -53,6 +54,11 @@ rate = 0.05                     # share of the nodes in a round
 [wire]
 codec = "int8"                  # of updates: fp32 | bf16 | int8 | fp4 | top-k | seed-projection
 # density = 0.1                 # the share of the values that top-k sends
+
+# [fleet]                       # a simulation's devices: the report then says what a deployment would take
+# examples_per_second = 10      # of the median device
+# uplink_mbps = 5
+# dropout = 0.1
 
 [data]
 source = "builtin:stdlib"       # .jsonl, .csv, .parquet, a hub dataset, builtin:stdlib, builtin:digits

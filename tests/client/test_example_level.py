@@ -63,6 +63,15 @@ def test_each_round_is_charged_at_each_node(tmp_path: Path) -> None:
         assert {e.sampling for e in events if isinstance(e, GaussianEvent)} == {Poisson(min(1.0, 4 / RAGGED[node]))}
 
 
+def test_more_nodes_are_charged_than_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedapt.client.accounts.OPEN_FILES", 1)
+    client = private().keeping(Accounts(tmp_path))
+    rounds(client, [1, 2, 3])
+    assert len(client.accounts._files) == 1
+    for node in NODES:
+        assert [entry.round for entry in SiteLedger(tmp_path / f"{node}.sqlite").chain().entries] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_node_refuses_what_would_pass_its_cap_and_the_others_go_on(folder: bool, tmp_path: Path) -> None:
     """Node 50 has four examples, which all are in every batch: its cap is reached before that of node 40."""
