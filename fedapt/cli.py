@@ -49,7 +49,12 @@ app.add_typer(ledgers, name="ledger")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's spec (TOML); `fedapt init` writes one.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key; repeatable.")]
-LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a site's ledger file.")]
+LedgerPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", help="A run's folder, a site's ledger file, or the URL of a server's PostgreSQL store."
+    ),
+]
 Delta = Annotated[float, typer.Option(help="At which ε is stated; below 1 / the number of those who are protected.")]
 Engine = Literal["local", "ray"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else.")]

@@ -157,20 +157,10 @@ def _content(charged: Counter[str]) -> frozenset[tuple[str, int]]:
 
 
 def _read(path: Path | str) -> tuple[Path | str, Chain]:
-    if (url := _url(str(path))) is not None:
-        return _read_database(url)
+    if isinstance(path, str) and re.match(r"postgresql(\+\w+)?://", path):
+        return _read_database(path)
     file = Path(path) / STORE if Path(path).is_dir() else Path(path)
     return file, read_chain(file)
-
-
-def _url(path: str) -> str | None:
-    """The URL of a database, also where the command line took it for a path, which has one slash where a URL has two."""
-    found = re.fullmatch(r"(postgresql(?:\+\w+)?):(/+)(.*)", path)
-    if found is None:
-        return None
-    scheme, slashes, rest = found.groups()
-    has_host = len(slashes) == 2 or (len(slashes) == 1 and "/" in rest.partition("?")[0])
-    return f"{scheme}://{'' if has_host else '/'}{rest}"
 
 
 def _read_database(where: str) -> tuple[str, Chain]:

@@ -85,7 +85,6 @@ def test_without_psycopg_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 def test_a_ledger_in_postgres_is_shown_like_that_in_a_file(
     postgres_databases: Callable[[str], str], postgres_store: str, tmp_path: Path
 ) -> None:
-    """By its URL, and by what the command line makes of it, which takes it for a path."""
     where, texts = postgres_databases(postgres_store), []
     for place in (where, str(tmp_path / "run.sqlite")):
         store = open_store(place)
@@ -93,25 +92,9 @@ def test_a_ledger_in_postgres_is_shown_like_that_in_a_file(
         commit(store, 1, events=[EVENT])
         store.close()
         shown = ledgers.show(place, None, 1e-5)
-        assert ledgers.verify(Path(place), 1e-5).sound
-        assert len(shown.entries) == len(ledgers.show(Path(place), "run", 1e-5).entries) == 1
+        assert ledgers.verify(place, 1e-5).sound
+        assert len(shown.entries) == len(ledgers.show(place, "run", 1e-5).entries) == 1
         texts.append(shown.text().split("Note its hash")[0].split(", the last on")[0])
     assert texts[0] == texts[1]
     with pytest.raises(DataError, match="holds no ledger that can be read"):
         ledgers.show(postgres_databases("template1"), None, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "url"),
-    [
-        ("postgresql+psycopg://u@host:5432/runs", "postgresql+psycopg://u@host:5432/runs"),
-        (Path("postgresql://u:p%2Fq@host/runs?sslmode=require"), "postgresql://u:p%2Fq@host/runs?sslmode=require"),
-        (Path("postgresql://u@/runs?host=/run/pg"), "postgresql://u@/runs?host=/run/pg"),
-        (Path("postgresql:///runs?host=/run/pg"), "postgresql:///runs?host=/run/pg"),
-        ("postgresql:///runs", "postgresql:///runs"),
-        (Path("runs/postgresql"), None),
-        (Path("/srv/postgresql:/runs"), None),
-    ],
-)
-def test_a_url_is_told_from_a_path(given: Path | str, url: str | None) -> None:
-    assert ledgers._url(str(given)) == url
