@@ -72,6 +72,7 @@ def test_the_same_question_gives_the_same_bytes(tmp_path: Path) -> None:
     assert resident.work(*asked_for(pb.TRAIN, spec, payload)) == resident.work(*asked_for(pb.TRAIN, spec, payload))
 
 
+@pytest.mark.slow
 def test_private_rounds_are_charged_before_they_train_and_again(tmp_path: Path) -> None:
     """What was cut off is charged once more: never too little."""
     resident = resident_of(tmp_path, policy='units = ["example"]\nmost_epsilon = 4.0')

@@ -101,6 +101,7 @@ def test_simulate_then_look_then_export(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_without_a_terminal_one_line_a_round(tiny: Path, tmp_path: Path) -> None:
     done = fedapt("simulate", tiny, "--out", tmp_path / "out", "--baselines")
     assert done.returncode == 0, done.stderr
@@ -198,6 +199,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*FEDAPT, "simulate", str(tiny), "--out", str(out), "--set", "run.rounds=400"]

@@ -27,7 +27,9 @@ def timeless(result: Result) -> list[Row]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in result.metrics]
 
 
-@pytest.mark.parametrize("overrides", KEEPING.values(), ids=KEEPING)
+@pytest.mark.parametrize(
+    "overrides", [KEEPING["top-k"], pytest.param(KEEPING["diloco"], marks=pytest.mark.slow)], ids=KEEPING
+)
 def test_a_run_goes_on_with_what_its_nodes_kept(tiny: Path, tmp_path: Path, overrides: list[str]) -> None:
     spec = RunSpec.load(tiny, [*overrides, *FLEET])
     whole = run(spec)

@@ -183,6 +183,7 @@ def test_no_events_cost_nothing() -> None:
         assert account.consistent
 
 
+@pytest.mark.slow
 def test_composition_knows_neither_order_nor_grouping() -> None:
     parts: list[Event] = [
         event(1.0, Poisson(0.1), 3),
@@ -256,18 +257,21 @@ def test_more_noise_costs_less(z: float, rate: float, count: int, factor: float)
     assert epsilon(factor * z, Poisson(rate), count) <= epsilon(z, Poisson(rate), count) + slack
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(multipliers, rates, rounds, more)
 def test_a_larger_rate_costs_more(z: float, rate: float, count: int, factor: float) -> None:
     assert epsilon(z, Poisson(min(1.0, factor * rate)), count) >= epsilon(z, Poisson(rate), count) - slack
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(multipliers, rates, rounds, st.integers(1, 100))
 def test_more_rounds_cost_more(z: float, rate: float, count: int, further: int) -> None:
     assert epsilon(z, Poisson(rate), count + further) >= epsilon(z, Poisson(rate), count) - slack
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(multipliers, st.integers(1, 50), rounds, st.integers(0, 50))
 def test_a_larger_fixed_size_costs_more(z: float, size: int, count: int, further: int) -> None:

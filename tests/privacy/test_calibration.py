@@ -73,6 +73,7 @@ def test_the_rounds_fit_and_one_more_does_not(epsilon: float, once: GaussianEven
     assert spent([replace(once, count=count + 1)], DELTA).epsilon > epsilon
 
 
+@pytest.mark.slow
 def test_what_was_spent_before_counts() -> None:
     once, before = event(2.0, Poisson(0.1)), event(4.0, Poisson(0.2), 20)
     afterwards = rounds_within(3.0, DELTA, once, [before])

@@ -107,6 +107,7 @@ def begun(where: str) -> str:
     return where
 
 
+@pytest.mark.slow
 @slow_on_postgres
 def test_killed_in_the_middle_of_commits(place: Place) -> None:
     where, chance, said = begun(place()), random.Random(0), 0
