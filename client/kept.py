@@ -47,7 +47,7 @@ class Kept:
             path.unlink()
             return None
         payload = data[end:]
-        if result.question != question or len(payload) != result.payload.size:
+        if len(data) < end or result.question != question or len(payload) != result.payload.size:
             path.unlink()
             return None
         return result, payload

@@ -74,7 +74,7 @@ downs = st.one_of(
     st.builds(pb.Down, exchange=st.builds(pb.Exchange, body=bodies)),
     st.builds(pb.Down, beat=st.builds(pb.Beat)),
     st.builds(pb.Down, renewed=st.builds(pb.Renewed, chain=bodies)),
-    st.builds(pb.Down, bye=st.builds(pb.Bye, reason=names, after_seconds=st.floats(0, 1e6))),
+    st.builds(pb.Down, bye=st.builds(pb.Bye, reason=names, after_seconds=st.floats(0, 3600))),
 )
 READERS: list[tuple[Callable[[bytes], pb.Up | pb.Down | None], st.SearchStrategy[pb.Up | pb.Down]]] = [
     (link.read_up, ups),
