@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels.cohort import close, tolerance_of, with_gradients
+from ..kernels.cohort import agree, with_gradients
 from .blocks import stacked_blocks
 from .tasks import Examples, Indices, Task
 
@@ -117,8 +117,7 @@ def frozen_blocks(model: nn.Module, inputs: Mapping[str, Tensor]) -> FrozenBlock
     found = FrozenBlocks(model, blocks[:frozen])
     actual = model(**inputs, **{PREFIX: found.states(inputs)}).logits
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    pairs = zip(with_gradients(actual, trained), with_gradients(expected, trained), strict=True)
-    if all(close(x, y, tolerance_of(x.dtype)) for x, y in pairs):
+    if agree(with_gradients(actual, trained), with_gradients(expected, trained)):
         return found
     found.remove()
     return None

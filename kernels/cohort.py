@@ -276,6 +276,13 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-3
 
 
+def agree(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two ways of one forward gave the same, each tensor up to the rounding of its own type."""
+    if len(tensors) != len(others):
+        return False
+    return all(close(x, y, tolerance_of(x.dtype)) for x, y in zip(tensors, others, strict=True))
+
+
 def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     """Whether two tensors agree, relative to the second."""
     return x.shape == y.shape and bool((x - y).norm() <= tolerance * y.norm() + 1e-6)

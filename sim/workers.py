@@ -134,9 +134,8 @@ class Processes:
                         raise result
                     next_wanted += 1
                     yield result
-        except (
-            GeneratorExit
-        ):  # who has enough stops listening: no answer may be left for the next round to take as its own
+        except GeneratorExit:
+            # Who has enough stops listening: no answer may be left for the next round to take as its own.
             for pipe in busy:
                 _answer(by_pipe[pipe])
             raise

@@ -3,9 +3,8 @@
 The tests of an audit are the server's layer; here they are run over the client's path, as `fedapt audit` does.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,10 +29,7 @@ SPEC = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_stream_of_secrets() -> Iterator[None]:
-    with patch("os.urandom", SimulationRandomness(1).octets):
-        yield
+pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 
 def spec_of(*overrides: str) -> RunSpec:

@@ -1,14 +1,11 @@
 """`fedapt audit`: a table and an exit code."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
 from fedapt.privacy import mechanism
-from fedapt.privacy.randomness import SimulationRandomness
 
 from .running import in_process
 
@@ -33,11 +30,7 @@ codec = "int8"
 """
 
 
-@pytest.fixture(autouse=True)
-def _one_stream_of_secrets() -> Iterator[None]:
-    """The operating system's octets from a key, for these tests alone: a false alarm would else come now and then."""
-    with patch("os.urandom", SimulationRandomness(1).octets):
-        yield
+pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 
 @pytest.fixture

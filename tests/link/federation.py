@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from sqlalchemy import Engine
 from sqlalchemy import event as sql_event
 from sqlalchemy.orm import Session
@@ -197,6 +198,16 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
         time.sleep(0.005)
     return found
+
+
+@contextmanager
+def faultless(door: OpenDoor, limits: Limits, caplog: pytest.LogCaptureFixture) -> Iterator[Hub]:
+    """A server for a fixture, without TLS: its streams all end before it does, and nothing that a peer does is its fault."""
+    with Hub("127.0.0.1:0", door, credentials=None, limits=limits) as hub:
+        yield hub
+        until(lambda: not hub._streams and not hub._sessions, "all streams are let go")
+    # A fixture's records are those of its own phase: the test's are asked for by name.
+    assert faults([*caplog.get_records("call"), *caplog.records]) == []
 
 
 def faults(records: Sequence[logging.LogRecord]) -> list[str]:

@@ -17,7 +17,7 @@ from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.outbox import Outbox
 from fedapt.server.link.hub import Hub
 
-from .federation import BRISK, Arithmetic, OpenDoor, channel, faults, link_of, nodes_here, until
+from .federation import BRISK, Arithmetic, OpenDoor, channel, faultless, link_of, nodes_here, until
 
 
 @pytest.fixture
@@ -27,10 +27,8 @@ def door() -> OpenDoor:
 
 @pytest.fixture
 def hub(door: OpenDoor, caplog: pytest.LogCaptureFixture) -> Iterator[Hub]:
-    with Hub("127.0.0.1:0", door, credentials=None, limits=BRISK) as hub:
+    with faultless(door, BRISK, caplog) as hub:
         yield hub
-        until(lambda: not hub._streams and not hub._sessions, "all streams are let go")
-    assert faults(caplog.records) == []
 
 
 class Carried:

@@ -40,7 +40,7 @@ from .federation import (
     BRISK,
     Arithmetic,
     OpenDoor,
-    faults,
+    faultless,
     layout_of,
     link_of,
     nodes_here,
@@ -61,9 +61,8 @@ def door() -> OpenDoor:
 
 @pytest.fixture
 def hub(door: OpenDoor, caplog: pytest.LogCaptureFixture) -> Iterator[Hub]:
-    with Hub("127.0.0.1:0", door, credentials=None, limits=BRISK) as hub:
+    with faultless(door, BRISK, caplog) as hub:
         yield hub
-    assert faults(caplog.records) == []
 
 
 def trained(hub: Hub, spec: RunSpec) -> tuple[bytes, list[Row], MemoryStore]:

@@ -26,7 +26,7 @@ from .federation import (
     Arithmetic,
     OpenDoor,
     channel,
-    faults,
+    faultless,
     layout_of,
     link_of,
     nodes_here,
@@ -43,10 +43,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 @pytest.fixture
 def hub(caplog: pytest.LogCaptureFixture) -> Iterator[Hub]:
-    with Hub("127.0.0.1:0", OpenDoor(), credentials=None, limits=LIMITS) as hub:
+    with faultless(OpenDoor(), LIMITS, caplog) as hub:
         yield hub
-        until(lambda: not hub._streams, "all streams are let go")
-    assert faults(caplog.records) == []
 
 
 def is_right(hub: Hub, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from fedapt.server.link.limits import Limits
 from fedapt.server.link.session import Session
 from fedapt.server.link.stopped import StoppedError
 
-from .federation import OpenDoor, channel, faults, until
+from .federation import OpenDoor, channel, faultless, until
 
 LIMITS = Limits(beat=0.2, silence=2.0, hello=1.0, streams_per_address=3, revocation_poll=0.05)
 HELLO = pb.Up(hello=pb.Hello(oldest=1, newest=1))
@@ -67,10 +67,8 @@ def door() -> OpenDoor:
 @pytest.fixture
 def hub(door: OpenDoor, caplog: pytest.LogCaptureFixture) -> Iterator[Hub]:
     """A server; nothing that a peer does may be a fault of its own."""
-    with Hub("127.0.0.1:0", door, credentials=None, limits=LIMITS) as hub:
+    with faultless(door, LIMITS, caplog) as hub:
         yield hub
-        until(lambda: not hub._streams and not hub._sessions, "all streams are let go")
-    assert faults(caplog.records) == []
 
 
 def play(hub: Hub, script: Script) -> Any:

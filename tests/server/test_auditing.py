@@ -1,8 +1,7 @@
 """The audit of the real path: the right one passes in every form, and each planted bug is caught by the test named."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -39,11 +38,7 @@ SPEC = {
 POPULATION = 200
 
 
-@pytest.fixture(autouse=True)
-def _one_stream_of_secrets() -> Iterator[None]:
-    """The operating system's octets from a key, for these tests alone: a false alarm would else come now and then."""
-    with patch("os.urandom", SimulationRandomness(1).octets):
-        yield
+pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 
 def path_of(*overrides: str) -> AuditedPath:

@@ -1,7 +1,6 @@
 """The audit of noise that is correlated over rounds: the right one passes, and each planted bug is caught."""
 
-from collections.abc import Collection, Iterator
-from unittest.mock import patch
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -34,10 +33,7 @@ SPEC = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_stream_of_secrets() -> Iterator[None]:
-    with patch("os.urandom", SimulationRandomness(1).octets):
-        yield
+pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 
 def path_of(*overrides: str) -> AuditedPath:

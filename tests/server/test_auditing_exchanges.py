@@ -1,7 +1,6 @@
 """The audit of an exchange: the right one passes in every code, and each planted bug is caught by the test named."""
 
-from collections.abc import Callable, Iterator, Sequence
-from unittest.mock import patch
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -27,11 +26,7 @@ SPEC = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_stream_of_secrets() -> Iterator[None]:
-    """The operating system's octets from a key, for these tests alone: a false alarm would else come now and then."""
-    with patch("os.urandom", SimulationRandomness(1).octets):
-        yield
+pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 
 def spec_of(*overrides: str) -> RunSpec:
