@@ -296,7 +296,7 @@ _KEPT: dict[str, Work] = {}
 
 def kept_work(folder: str) -> Work:
     """One model an actor, whatever the number of messages."""
-    import simulators  # type: ignore[import-not-found]  # by its name: what it holds outlives a message
+    import simulators  # by its name: what it holds outlives a message
 
     kept: dict[str, Work] = simulators._KEPT
     if folder not in kept:

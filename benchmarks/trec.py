@@ -12,26 +12,21 @@ Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, ab
 without mixed ranks, adapter kinds on `fedit`.
 """
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from federations import federation_of
+from resumable import Point, Row, command, done
 
 from fedapt.progress import Silent
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec
 from fedapt.server.store import MemoryStore
-from fedapt.sim.federation import Federation, build
 from fedapt.simulation import coordinate
 
-HERE = Path(__file__).parent
-SPEC = HERE.parent / "examples/trec.toml"
+SPEC = Path(__file__).parent.parent / "examples/trec.toml"
 RATES = (2e-3, 6e-3, 2e-2)
 RATES_OF = {
     **dict.fromkeys(("fedsvd", "ffa", "refresh", "fedsvd, fp32"), (2e-2, 6e-2, 2e-1)),
@@ -82,18 +77,13 @@ def methods() -> dict[str, tuple[str, ...]]:
     return recipes | codecs | kinds | whole
 
 
-Point = tuple[str, str, float, int]
-"""Phase, method, rate, seed."""
-
-
-def todo(rows: list[dict[str, Any]]) -> Iterator[Point]:
+def todo(rows: list[Row]) -> Iterator[Point]:
     """What is still to run, a method at a time: it is tested when its tuning is whole."""
-    done = {(row["phase"], row["method"], row["rate"], row["seed"]) for row in rows}
     for method in methods():
         rate = best_rate(rows, tuned_as(method))
-        tuning: list[Point] = [("tune", tuned_as(method), rate, 0) for rate in rates_of(tuned_as(method))]
-        testing: list[Point] = [("test", method, rate, seed) for seed in SEEDS] if rate else []
-        yield from (point for point in tuning + testing if point not in done)
+        points = [Point("tune", tuned_as(method), rate, 0) for rate in rates_of(tuned_as(method))]
+        points += [Point("test", method, rate, seed) for seed in SEEDS] if rate else []
+        yield from (point for point in points if point not in done(rows))
 
 
 def tuned_as(method: str) -> str:
@@ -106,82 +96,42 @@ def rates_of(method: str) -> tuple[float, ...]:
     return RATES_OF.get(method, RATES)
 
 
-def best_rate(rows: list[dict[str, Any]], method: str) -> float | None:
+def best_rate(rows: list[Row], method: str) -> float | None:
     """The best of the rates that are to be tried, when all are; rows of other rates may be there from an earlier grid."""
     tried = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
     own = [row for row in tried if row["rate"] in rates_of(method)]
     return max(own, key=lambda row: row["accuracy"])["rate"] if len(own) == len(rates_of(method)) else None
 
 
-def measure(point: Point, model: Path, data: Path) -> dict[str, Any]:
-    phase, method, rate, seed = point
+def measure(point: Point, model: Path, data: Path) -> Row:
     spec = RunSpec.load(
         SPEC,
         [
-            f"run.seed={seed}",
-            f"local.learning_rate={rate}",
-            f"model.base='{model.resolve()}'",
-            f"data.source='{(data / 'train.jsonl').resolve()}'",
-            f"data.evaluation='{(data / 'test.jsonl').resolve()}'",
-            *methods()[method],
+            f"run.seed={point.seed}",
+            f"local.learning_rate={point.rate}",
+            f"model.base='{model}'",
+            f"data.source='{data / 'train.jsonl'}'",
+            f"data.evaluation='{data / 'test.jsonl'}'",
+            *methods()[point.method],
         ],
     )
-    if phase == "tune":
+    if point.phase == "tune":
         assert spec.data is not None
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"evaluation": None})})
-    started = time.perf_counter()
     federation = federation_of(spec)
-    outcome = coordinate(spec, federation.client, MemoryStore(), federation.evaluate, Silent())
-    rows = outcome.rows
+    rows = coordinate(spec, federation.client, MemoryStore(), federation.evaluate, Silent()).rows
     last = rows[-1]
     return {
-        "phase": phase,
-        "method": method,
-        "rate": rate,
-        "seed": seed,
         "accuracy": last["evaluation"]["accuracy"],
         "loss": last["evaluation"]["loss"],
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
         "error": statistics.mean(row["aggregation_error"] for row in rows[1:]),
         "effective_rank": last["effective_rank"],
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-_federations: dict[str, Federation] = {}
-
-
-def federation_of(spec: RunSpec) -> Federation:
-    """Model and data of a spec. Runs that differ in rate or codec alone share them; all share the frozen blocks'
-    states, which are the same whatever is adapted above."""
-    of_method = f"{spec.recipe.model_dump()} {spec.adapter.model_dump()}"
-    of_data = f"{spec.data}"
-    key = f"{of_method} {spec.run.seed} {of_data}"
-    if key not in _federations:
-        like = next((known for name, known in _federations.items() if name.endswith(of_data)), None)
-        for name in [
-            name for name in _federations if not name.startswith(of_method) and _federations[name] is not like
-        ]:
-            del _federations[name]
-        _federations[key] = build(spec) if like is None else over_the_same_texts(build(spec), like)
-    return _federations[key].under(spec)
-
-
-def over_the_same_texts(federation: Federation, like: Federation) -> Federation:
-    """The federation with the examples of another of the same data, so that what is known of them stays known.
-
-    The tables are divided by the run's seed: only those that are the same text by text are exchanged.
-    """
-    texts, others = federation.client.sites.examples, like.client.sites.examples
-    if not all(map(np.array_equal, texts.inputs, others.inputs)):
-        return federation
-    federation.client.adapted.prefix.share(like.client.adapted.prefix)
-    own = federation.client.at(replace(federation.client.sites, examples=others))
-    return replace(federation, client=own, evaluation=like.evaluation)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: mean ± sd of the test accuracy over the seeds that are there."""
     lines = [
         "| method | rate | test accuracy | seeds | MB up | MB down | aggregation error | effective rank |",
@@ -196,7 +146,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         accuracy = [100 * row["accuracy"] for row in own]
         spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""
 
-        def mean(key: str, own: list[dict[str, Any]] = own) -> Any:
+        def mean(key: str, own: list[Row] = own) -> Any:
             return statistics.mean(row[key] for row in own)
 
         lines.append(
@@ -207,29 +157,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--rows", type=Path, default=HERE / "results/trec.jsonl")
-    options = parser.parse_args()
-    if not options.table and not (options.model and options.data):
-        parser.error("--model and --data are needed, or --table")
-    started = time.monotonic()
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
-    while not options.table and time.monotonic() - started < 60 * options.minutes:
-        point = next(todo(rows), None)
-        if point is None:
-            break
-        rows.append(measure(point, options.model, options.data))
-        with options.rows.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        phase, method, rate, seed = point
-        print(f"{phase} {method} rate {rate:g} seed {seed}: {rows[-1]['accuracy']:.4f} in {rows[-1]['seconds']:.0f} s")
-    print(table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "trec", todo, measure, table)
