@@ -1,39 +1,38 @@
 """Model and data of one run after another of a table: what the frozen blocks gave for an example is computed once."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from fedapt.client.prefix import PrefixStates
+from fedapt.client.tasks import Array, Examples
 from fedapt.protocols.spec import RunSpec
 from fedapt.sim.federation import Federation, build
 
-_federations: dict[str, Federation] = {}
+_states = PrefixStates()
+_sets: list[Examples] = []
 
 
 def federation_of(spec: RunSpec) -> Federation:
-    """Model and data of a spec. Runs that differ in rate or codec alone share them; all share the frozen blocks'
-    states, which are the same whatever is adapted above."""
-    of_method = f"{spec.recipe.model_dump()} {spec.adapter.model_dump()}"
-    of_data = f"{spec.data}"
-    key = f"{of_method} {spec.run.seed} {of_data}"
-    if key not in _federations:
-        like = next((known for name, known in _federations.items() if name.endswith(of_data)), None)
-        for name in [
-            name for name in _federations if not name.startswith(of_method) and _federations[name] is not like
-        ]:
-            del _federations[name]
-        _federations[key] = build(spec) if like is None else over_the_same_texts(build(spec), like)
-    return _federations[key].under(spec)
+    """Model and data of a spec. All specs of a process have one base and one task.
 
-
-def over_the_same_texts(federation: Federation, like: Federation) -> Federation:
-    """The federation with the examples of another of the same data, so that what is known of them stays known.
-
-    The tables are divided by the run's seed: only those that are the same text by text are exchanged.
+    The frozen blocks' states are the same whatever is adapted above, and however a seed divides the texts.
     """
-    texts, others = federation.client.sites.examples, like.client.sites.examples
-    if not all(map(np.array_equal, texts.inputs, others.inputs)):
-        return federation
-    federation.client.adapted.prefix.share(like.client.adapted.prefix)
-    own = federation.client.at(replace(federation.client.sites, examples=others))
-    return replace(federation, client=own, evaluation=like.evaluation)
+    built = build(spec)
+    built.adapted.prefix.share(_states)
+    sites = replace(built.client.sites, examples=_known(built.client.sites.examples))
+    return replace(built, client=built.client.at(sites), evaluation=_known(built.evaluation))
+
+
+def _known(examples: Examples) -> Examples:
+    """These examples, or the same ones of an earlier run, of which the states are known."""
+    for known in _sets:
+        if _same(known.inputs, examples.inputs) and _same(known.labels, examples.labels):
+            return known
+    _sets.append(examples)
+    return examples
+
+
+def _same(one: Sequence[Array], other: Sequence[Array]) -> bool:
+    return len(one) == len(other) and all(map(np.array_equal, one, other))
