@@ -21,13 +21,14 @@ help: ## Print this help
 demo: .venv/installed ## A real federated fine-tuning, offline, in about a minute
 	$(BIN)/fedapt demo --out demo
 
-# Two processes of one thread each: tests are many and small.
+# Two processes of one thread each: tests are many and small. Each takes half of the files, so that what the tests of a
+# file share is made once, and then from the other half what is left.
 test: check ## Lint, types and the test suite (some minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 test-slow: .venv/installed-slow ## What takes longer: stock Flower, Ray, wheels, kills, faults, fuzz
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m 'hypothesis and not slow' --hypothesis-profile=deep
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'hypothesis and not slow' --hypothesis-profile=deep
 
 check: .venv/installed ## Lint and types alone
 	$(BIN)/ruff check

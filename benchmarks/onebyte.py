@@ -37,15 +37,15 @@ SEEDS = (1, 2, 3)
 NODES = 8
 
 CODES = (
-    "run.rounds=300",
-    "run.evaluate_every=30",
+    "run.rounds=200",
+    "run.evaluate_every=20",
     "local.batch_size=8",
     "zeroth.directions=16",
     "zeroth.radius=1e-2",
     "zeroth.sides=one",
 )
 PRIVATE = (
-    "local.batch_size=32",
+    "local.batch_size=16",
     "privacy.unit=example",
     "privacy.epsilon=6",
     "privacy.delta=1e-5",
@@ -56,9 +56,9 @@ FP32_SCALARS = "onebyte, fp32 scalars"
 METHODS = {
     "onebyte": ("recipe.name=onebyte", *CODES),
     FP32_SCALARS: ("recipe.name=onebyte", *CODES),
+    **{f"fedsvd, {codec}": ("recipe.name=fedsvd", *ROUNDS, f"wire.codec={codec}") for codec in ("fp32", "int8", "fp4")},
     "kseed": ("recipe.name=kseed", *CODES, "zeroth.pool=1024"),
     "dpzo, ε = 6": ("recipe.name=dpzo", *CODES, *PRIVATE),
-    **{f"fedsvd, {codec}": ("recipe.name=fedsvd", *ROUNDS, f"wire.codec={codec}") for codec in ("fp32", "int8", "fp4")},
 }
 TUNED_AS = {FP32_SCALARS: "onebyte", "fedsvd, int8": "fedsvd, fp32", "fedsvd, fp4": "fedsvd, fp32"}
 RATES = {"fedsvd, fp32": (3e-3, 1e-2, 3e-2), "dpzo, ε = 6": (0.03, 0.1, 0.3)}

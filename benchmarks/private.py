@@ -50,7 +50,7 @@ CLIENTS = (
 )
 """A client's step is its whole gradient, of about seven sentences; what is tuned is the server's step on the noised mean."""
 
-RATES_OF = {"example": (2.0, 4.0, 8.0), "client": (2.0, 4.0, 8.0)}
+RATES_OF = {"example": (2.0, 4.0, 8.0), "client": (0.5, 1.0, 2.0)}
 
 
 def methods() -> dict[str, tuple[str, ...]]:
@@ -83,9 +83,10 @@ def todo(rows: list[Row]) -> Iterator[Point]:
 
 
 def best_rate(rows: list[Row], method: str) -> float | None:
-    """The best of all rates, when all were tried; by loss where accuracies are equal."""
-    own = [row for row in rows if (row["phase"], row["method"]) == ("tune", method)]
-    if len(own) < len(RATES_OF[unit_of(method)]):
+    """The best of the rates, when all were tried; by loss where accuracies are equal. Rows of other rates may be there."""
+    rates = RATES_OF[unit_of(method)]
+    own = [row for row in rows if (row["phase"], row["method"]) == ("tune", method) and row["rate"] in rates]
+    if len(own) < len(rates):
         return None
     return float(max(own, key=lambda row: (row["accuracy"], -row["loss"]))["rate"])
 
@@ -118,7 +119,8 @@ def table(rows: list[Row]) -> str:
     """Markdown: mean ± sd of the test accuracy over the seeds that are there."""
     lines = ["| unit and method | rate | test accuracy | seeds | largest ε spent |", "|---|---|---|---|---|"]
     for method in methods():
-        own = [row for row in rows if (row["phase"], row["method"]) == ("test", method)]
+        rate = best_rate(rows, tuned_as(method))
+        own = [row for row in rows if (row["phase"], row["method"], row["rate"]) == ("test", method, rate)]
         if own:
             accuracy = [100 * row["accuracy"] for row in own]
             spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""

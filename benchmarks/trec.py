@@ -3,13 +3,13 @@
     python benchmarks/trec.py --model MODEL_FOLDER --data TREC_FOLDER [--minutes 60]
     python benchmarks/trec.py --table
 
-MODEL_FOLDER is MiniLM; its pooler, which was never trained, is replaced by one that centres (encoder.py). TREC_FOLDER
-holds train.jsonl and test.jsonl. Every method first tries three rates on seed 0 with a tenth of the training data held
-out; the best rate is then run on seeds 1, 2 and 3 and scored on test after the last round, once; a codec takes the rate of
-fp32. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at any time.
+MODEL_FOLDER is an ordinary Hugging Face encoder; TREC_FOLDER holds train.jsonl and test.jsonl. Every method first tries
+three rates on seed 0 with a tenth of the training data held out; the best rate is then run on seeds 1, 2 and 3 and scored
+on test after the last round, once; a codec takes the rate of fp32. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at
+any time (`--minutes` stops it before a run that would start later).
 
-Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, about the mean. Codecs run on `fedsvd`, which
-itself sends fp32, adapter kinds on `fedit`.
+Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, about the mean. Codecs run on `fedsvd`
+without mixed ranks, adapter kinds on `fedit`.
 """
 
 import statistics
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from encoder import with_open_pooler
 from federations import federation_of
 from resumable import Point, Row, command, done
 
@@ -30,9 +29,16 @@ from fedapt.simulation import coordinate
 SPEC = Path(__file__).parent.parent / "examples/trec.toml"
 RATES = (2e-3, 6e-3, 2e-2)
 RATES_OF = {
-    **dict.fromkeys(("fedsvd", "ffa", "refresh"), (6e-3, 2e-2, 6e-2)),
-    **dict.fromkeys((f"fedit, {kind}" for kind in ("bias", "nola", "vera", "ia3", "prompt")), (6e-3, 2e-2, 6e-2)),
+    **dict.fromkeys(("fedsvd", "ffa", "refresh", "fedsvd, fp32"), (2e-2, 6e-2, 2e-1)),
+    **dict.fromkeys(("rolora", "flexlora", "flora", "fedex", "hetlora", "fedit, dora"), (6e-3, 2e-2, 6e-2)),
+    **dict.fromkeys(("lora-fair", "diloco", "fedit", "fedit, adalora", "fedit, bottleneck"), (6e-3, 2e-2, 6e-2)),
+    "fedit, bias": (2e-2, 6e-2, 2e-1),
     "fedit, full": (1e-4, 3e-4, 1e-3),
+    "fedit, nola": (2e-2, 6e-2, 2e-1),
+    "fedit, vera": (2e-2, 6e-2, 2e-1),
+    "fedit, ia3": (2e-2, 6e-2, 2e-1),
+    "fedit, prompt": (2e-2, 6e-2, 2e-1),
+    "fedit, head": (6e-3, 2e-2, 6e-2),
 }
 """Where B alone trains, and kinds whose numbers mean something else: all weights, or few scales of fixed vectors."""
 
@@ -61,7 +67,7 @@ def methods() -> dict[str, tuple[str, ...]]:
     }
     codecs = {
         f"fedsvd, {codec}": ("recipe.name=fedsvd", *ONE_RANK, f"wire.codec={codec}", *more)
-        for codec, more in CODECS.items()
+        for codec, more in {"fp32": (), **CODECS}.items()
     }
     kinds = {f"fedit, {kind}": ("recipe.name=fedit", *ONE_RANK, f"adapter.method={kind}") for kind in KINDS}
     whole = {
@@ -83,7 +89,7 @@ def todo(rows: list[Row]) -> Iterator[Point]:
 def tuned_as(method: str) -> str:
     """The method whose rate this one takes: a codec is not to be compared at another rate."""
     recipe, _, codec = method.partition(", ")
-    return recipe if codec in CODECS else method
+    return f"{recipe}, fp32" if codec in CODECS else method
 
 
 def rates_of(method: str) -> tuple[float, ...]:
@@ -103,7 +109,7 @@ def measure(point: Point, model: Path, data: Path) -> Row:
         [
             f"run.seed={point.seed}",
             f"local.learning_rate={point.rate}",
-            f"model.base='{with_open_pooler(model)}'",
+            f"model.base='{model}'",
             f"data.source='{data / 'train.jsonl'}'",
             f"data.evaluation='{data / 'test.jsonl'}'",
             *methods()[point.method],
@@ -120,8 +126,8 @@ def measure(point: Point, model: Path, data: Path) -> Row:
         "loss": last["evaluation"]["loss"],
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
-        "error": statistics.mean(row["aggregation_error"] for row in rows[1:]),
-        "effective_rank": last["effective_rank"],
+        "error": statistics.mean(row.get("aggregation_error") or 0.0 for row in rows[1:]),
+        "effective_rank": last.get("effective_rank") or 0.0,
     }
 
 
@@ -145,8 +151,8 @@ def table(rows: list[Row]) -> str:
 
         lines.append(
             f"| {method} | {own[0]['rate']:g} | {statistics.mean(accuracy):.1f}{spread} | {len(own)} "
-            f"| {mean('bytes_up') / 1e6:.2f} | {mean('bytes_down') / 1e6:.2f} | {mean('error'):.1e} "
-            f"| {mean('effective_rank'):.1f} |"
+            f"| {mean('bytes_up') / 1e6:.2f} | {mean('bytes_down') / 1e6:.2f} "
+            + (f"| {mean('error'):.1e} | {mean('effective_rank'):.1f} |" if mean("effective_rank") else "| – | – |")
         )
     return "\n".join(lines)
 

@@ -27,9 +27,10 @@ from .batches import plan_batches
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
 from .information import FisherInformation, drawn
-from .policy import Policy
+from .policy import Policy, told
 from .private import PrivateTrainer, private_trainer
 from .replicas import Replica, Replicas
+from .shelf import Shelf
 from .tasks import Examples, Indices
 from .trainer import Losses, Member, Trainer
 
@@ -90,18 +91,27 @@ class Client:
         self.start = adapted.read()
         self.shared = SharedAdapter(self.recipe, spec.recipe, adapted.layout, self.start)
         self.trained = adapted.layout.select(self.recipe.trains)
-        self.feedback = self._feedback()
-        self.replicas = Replicas(self.shared) if self.recipe.streams else None
+        self._keep_on(None)
         self.accounts = Accounts()
         self.policy = Policy()
         self.most_rank = 0
         self.objections: list[str] = []
+        self.reasons: dict[Assignment, str] = {}
         self._forward: Forward | None = None
 
     def keeping(self, accounts: Accounts) -> "Client":
         """This client, its nodes charged in other accounts."""
         other = copy.copy(self)
         other.accounts = accounts
+        return other
+
+    def shelving(self, shelf: Shelf) -> "Client":
+        """This client, what its nodes keep on a shelf that runs share: a run that only became longer goes on there."""
+        other = copy.copy(self)
+        other._keep_on(shelf)
+        if other.feedback is not None or other.replicas is not None:
+            about = f"{self.spec.run.seed}|{self.spec.model_dump_json(exclude={'run'}, exclude_none=True)}"
+            shelf.begin(self.spec.run.name, about)
         return other
 
     def obeying(self, policy: Policy) -> "Client":
@@ -128,8 +138,7 @@ class Client:
         other = copy.copy(self)
         other.spec, other.recipe = spec, recipe_of(spec)
         other.shared = replace(self.shared, settings=spec.recipe)
-        other.feedback = other._feedback()
-        other.replicas = Replicas(other.shared) if other.recipe.streams else None
+        other._keep_on(None)
         other.objections = other._objections()
         if not self.policy.bounds:  # else they stay: the site's cap is over all runs
             other.accounts = Accounts()
@@ -152,9 +161,10 @@ class Client:
         """One Update an Assignment, in the order given. Those that differ in nothing but where they start train together.
 
         Where the site's policy objects to the run, or the rank is above what the node can afford, they are refused, and
-        neither payload nor data is looked at.
+        neither payload nor data is looked at. `reasons` has then in full, for this site alone, why a round passed a cap.
         Raises PayloadError for a payload that does not fit, DataError for a node whose data is not held here.
         """
+        self.reasons = {}
         if self.objections:
             return [_refused(asked, " ".join(self.objections)) for asked in assignments]
         updates = {asked: _refused(asked, reason) for asked in assignments if (reason := self._too_large(asked))}
@@ -181,13 +191,12 @@ class Client:
             table.update(found)
 
     def load(self, assignment: Assignment) -> None:
-        """Put the global adapter that an assignment's payload stands for into the model.
+        """Put the adapter that a payload stands for into the model: all of it, also where rounds bring fragments.
 
         At a rank below the model's, the components beyond it are zero in A and in B: their gradients are zero too, so
         training leaves them so, and the node trains exactly an adapter of its own rank.
         """
-        (started,) = self._started([assignment])
-        self.adapted.write(started.received.adapter)
+        self.adapted.write(self.shared.whole(self._state(assignment), assignment.round))
 
     def evaluate(self, node: int) -> Scores:
         """Scores of the adapter in the model on a node's own data.
@@ -230,21 +239,24 @@ class Client:
         started = []
         for asked in assignments:
             if self.replicas is not None:
-                replica = self.replicas.arrive(asked, self._decoded(asked))
+                replica = self.replicas.arrive(asked, self._decoded(asked, self.shared.delivered(asked.round)))
                 adapter = self.adapted.layout.pad(replica.outer, self.replicas.trained)
                 started.append(_Started(asked, self._received(asked.round, adapter, {}), replica))
                 continue
             key = asked.round, asked.rank, asked.payload
             if key not in known:
-                own = self.shared.delivered(asked.round, asked.rank)
-                state = self.shared.received(asked.round).pad(self._decoded(asked), own)
+                state = self._state(asked)
                 rotations = self.shared.rotations(state, asked.round)
                 known[key] = self._received(asked.round, self.shared.whole(state, asked.round), rotations)
             started.append(_Started(asked, known[key]))
         return started
 
-    def _decoded(self, asked: Assignment) -> Flat:
-        own = self.shared.delivered(asked.round, asked.rank)
+    def _state(self, asked: Assignment) -> Flat:
+        """The whole state, at the model's rank, where the payload is all that there is at the node's."""
+        own = self.shared.received(asked.round, asked.rank)
+        return self.shared.received(asked.round).pad(self._decoded(asked, own), own)
+
+    def _decoded(self, asked: Assignment, own: AdapterLayout) -> Flat:
         return CODECS[self.spec.wire.downlink].decode(asked.payload, own)
 
     def _received(self, round_: int, adapter: Flat, rotations: Rotations) -> _Received:
@@ -284,7 +296,8 @@ class Client:
                 self.policy.require_noise(trainer.mechanism(plan).noise_multiplier)
                 self.accounts.charge(started.asked, trainer.event(plan), delta, per_run=per_run, in_all=in_all)
             except PrivacyError as error:
-                outcomes[started.asked] = _Outcome(refusal=str(error))
+                self.reasons[started.asked] = str(error)
+                outcomes[started.asked] = _Outcome(refusal=told(error, started.asked))
         return outcomes
 
     def _member(self, started: _Started) -> Member:
@@ -296,9 +309,10 @@ class Client:
             batches = [np.arange(len(own))] * len(batches)
         return Member([own[b] for b in batches], derive(key[0], "dropout", *key[1:]), started.received.trained)
 
-    def _feedback(self) -> Feedback | None:
-        """What keeps a biased codec's leavings."""
-        return Feedback(self.trained) if self.spec.wire.codec == "top-k" else None
+    def _keep_on(self, shelf: Shelf | None) -> None:
+        """Let what nodes keep from round to round lie there (None: on a shelf of its own that is empty)."""
+        self.feedback = Feedback(self.trained, shelf) if self.spec.wire.codec == "top-k" else None
+        self.replicas = Replicas(self.shared, shelf) if self.recipe.streams else None
 
     def _own(self, node: int) -> Indices:
         if node not in self.sites.indices:

@@ -178,7 +178,10 @@ def enrol(token: Token, keys: Path, config: Path, join: Join, now: datetime | No
     if (now or datetime.now(UTC)) >= token.expires:
         raise TrustError(f"the token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for another")
     if (keys / _ROOTS).exists() and SiteKeys(keys).roots_pem != token.roots_pem:
-        raise TrustError(f"{keys}: holds the keys for another federation; choose another folder for this one")
+        raise TrustError(
+            f"{keys}: holds the keys for another federation; choose another folder for this one. Each folder has a ledger of "
+            "its own: where both train on the same data, divide most_epsilon and delta between their policies"
+        )
     site = SiteKeys.make(keys)
     site.accept(join(site.request()), token.roots_pem)
     server = tomli_w.dumps({"server": {"address": token.address, "keys": str(keys.absolute())}})

@@ -37,20 +37,24 @@ class Feedback:
     are truncated (FlexLoRA), the next factors are other vectors, and an old residual means nothing among them.
     Residuals are on a shelf (`client/shelf.py`), of each node those of its last two rounds: 8 bytes a trained value.
 
+    A node does not hear whether its update counts. One that was sent and is not counted, because it came after the
+    deadline or was refused, is lost as it would be without feedback: the residual goes on from what it left out.
+    A federation that drops updates by design would lose them so each round (`protocols/legality.py` refuses it).
+
     Formal guarantees: in the basis of A₀, the sum of all that was sent is the sum of all changes minus the last
     residual, up to fp32 rounding.
     """
 
-    def __init__(self, trained: AdapterLayout) -> None:
+    def __init__(self, trained: AdapterLayout, shelf: Shelf | None = None) -> None:
         self.trained = trained
-        self.shelf = Shelf()
+        self.shelf = Shelf() if shelf is None else shelf
 
     def tables(self) -> tuple[Any, ...]:
         """All that is kept from round to round, each by node: whoever moves nodes elsewhere takes their entries along."""
         return (self.shelf,)
 
     def encode(self, asked: Assignment, change: Flat, rotations: Rotations, codec: Codec, key: int) -> bytes:
-        """The payload of a node's round; what the codec leaves out is kept for the next.
+        """The payload of a node's round; what the codec leaves out is kept for the next, where it is finite.
 
         A round that is asked for again starts from the residual before it, and another run from none.
         """
@@ -60,7 +64,10 @@ class Feedback:
             sent = codec.decode(payload, self.trained)
         except PayloadError:
             return payload  # a change that is not finite is refused where it arrives, and must not stay here either
-        self.shelf.put(asked, {RESIDUAL: self._turned(corrected - sent, rotations)})
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is seen below
+            residual = self._turned(corrected - sent, rotations)
+        if np.isfinite(residual).all():  # any other would spoil all later rounds of the node
+            self.shelf.put(asked, {RESIDUAL: residual})
         return payload
 
     def corrected(self, asked: Assignment, change: Flat, rotations: Rotations) -> Flat:

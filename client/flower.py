@@ -17,36 +17,18 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 
-from ..privacy.ledger import SiteLedger
-from ..protocols.errors import DataError, FedaptError, ModelError, PrivacyError, RunError, SpecError
-from ..protocols.identity import TrustError
+from ..protocols.errors import DataError, FedaptError, ModelError, OutputError, PrivacyError, RunError, SpecError
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
-from .accounts import Accounts
+from .accounts import SiteAccounts
 from .app import client_app
 from .client import Client
-from .dialling import node_of
 from .loading import Loaded, load
 from .resident import ACCOUNTS
 from .site import Site
 from .status import is_paused
 
 logger = logging.getLogger("flwr")
-
-NOT_JOINED = 0
-"""The number of the ledger of a site that has not joined a server of ours."""
-
-
-class SiteAccounts(Accounts):
-    """One ledger, whatever the node is called: a SuperNode without a key gets another number each time that it starts,
-    and the site's caps are over all of them."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        super().__init__(folder)
-        self.number = number
-
-    def _file(self, node: int) -> SiteLedger:
-        return super()._file(self.number)
 
 
 def client_of(context: Context) -> Client:
@@ -64,11 +46,11 @@ def scoring_of(context: Context) -> Client:
 
 
 def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod for Flower: an exception's words go to the server, and those about data or model name rows and values."""
+    """A mod for Flower: an exception's words go to the server, and those about data, model or files name rows, values and paths."""
     try:
         return call_next(message, context)
     except FedaptError as error:
-        if not isinstance(error, DataError | ModelError):
+        if not isinstance(error, DataError | ModelError | OutputError):
             raise
         logger.error("%s: %s", message.metadata.message_type, error)
         told = type(error).__name__
@@ -125,7 +107,7 @@ def _loaded(folder: Path, text: str, node: int) -> Loaded:
     _require_allowed(site.problems(spec))
     if site.train.threads is not None:
         torch.set_num_threads(site.train.threads)
-    found = load(site, spec, node, SiteAccounts(folder / ACCOUNTS, _number(site)))
+    found = load(site, spec, node, _accounts(folder))
     _require_allowed(found.client.objections)
     if site.base_of(spec.model.base) is not None:
         # Where a base lies here is nobody else's affair, and of no use to whoever reads the adapter's config.
@@ -138,12 +120,12 @@ def _require_allowed(objections: list[str]) -> None:
         raise PrivacyError(" ".join(objections))
 
 
-def _number(site: Site) -> int:
-    """Whose ledger is charged: the resident's, so that a folder that serves both ways has one cap."""
+def _accounts(folder: Path) -> SiteAccounts:
+    """The resident's, so that a folder that serves both ways has one cap."""
     try:
-        return node_of(site.server)
-    except TrustError:
-        return NOT_JOINED
+        return SiteAccounts(folder / ACCOUNTS)
+    except PrivacyError as error:  # where the ledger lies, and what is wrong with it, is not the server's affair
+        raise DataError(str(error)) from None
 
 
 app = client_app(client_of, scoring_of, mods=[discreet])

@@ -18,6 +18,7 @@ from .checkpointed import checkpoint_blocks
 from .client import Client, Sites
 from .halfway import Halfway
 from .models import load_model
+from .private import require_whole_rows
 from .site import NAME, Base, OwnData, Site, Train
 from .sources import check_labels, encode_labels, load_table, string_labels
 from .tasks import Examples
@@ -36,7 +37,7 @@ class SiteClient(Client):
         return other
 
     def _trainer(self, local: Local, round_: int) -> Trainer:
-        # What Streaming DiLoCo keeps of a node is in memory alone, and half of such a round would not fit what is lost.
+        # A round of Streaming DiLoCo is two trainings, and what is kept is halfway through one.
         halfway = None if self.recipe.streams else self.halfway
         return replace(super()._trainer(local, round_), halfway=halfway, micro_batch=self.micro_batch)
 
@@ -68,6 +69,7 @@ def load(site: Site, spec: RunSpec, node: int, accounts: Accounts, halfway: Half
     train, evaluation = own_tables(own, spec.model)
     adapted = on_device(load_model(local, site.train.quantize), site.train)
     examples = _encoded(adapted, train, own.source)
+    require_whole_rows(local, examples)
     scored = examples if evaluation is None else _encoded(adapted, evaluation, str(own.evaluation))
     client = SiteClient(spec, adapted, _alone(node, examples)).on(site.train, halfway)
     return Loaded(client.obeying(site.policy).keeping(accounts), scored)

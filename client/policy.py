@@ -29,6 +29,7 @@ from ..privacy.accounting import LEAST_DELTA
 from ..protocols.errors import PrivacyError, SpecError
 from ..protocols.recipes import RECIPES, recipe_named
 from ..protocols.spec import Positive, PositiveFloat, Privacy, RunSpec, Section
+from ..protocols.update import Assignment
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,27 @@ MOST_STEPS = 100_000
 
 LEAST_CLIP = 2.0**-100
 """The smallest clip that a spec can state."""
+
+UNTOLD = "this round's privacy cannot be accounted for at this site, whose operator finds the reason in its log"
+"""What the server is told of an error that was not written for it."""
+
+
+class RefusalError(PrivacyError):
+    """A clause that a round would not keep. Its text is for the site; `told` is for the server.
+
+    `told` names clause and limit, and nothing that depends on the data or on other runs: what was spent is of all
+    servers' runs, and noise that was solved for gives away how many examples there are.
+    """
+
+    def __init__(self, text: str, *, told: str) -> None:
+        super().__init__(text)
+        self.told = told
+
+
+def told(error: PrivacyError, asked: Assignment) -> str:
+    """What the server may read of why a round was refused; all of it goes to the site's log."""
+    logger.warning("node %d refuses round %d of run %s: %s", asked.node, asked.round, asked.run, error)
+    return error.told if isinstance(error, RefusalError) else UNTOLD
 
 
 def _known(name: str) -> str:
@@ -68,7 +90,7 @@ class Policy(Section):
 
     `least_noise` (standard deviation ÷ sensitivity), `most_clip` (L2 norm of one example's gradient) and the caps on ε
     are on what this site adds and charges itself, so any of them leaves the unit `example` alone. `most_epsilon` is over
-    all runs that share a ledger, `most_epsilon_per_run` over the rounds of one; both are at `delta`. A run may state
+    all runs that share a ledger, of which a site's folder has one, `most_epsilon_per_run` over the rounds of one; both are at `delta`. A run may state
     a smaller δ, and is charged at its own: an ε that holds there holds at the site's.
 
     Formal guarantees: where a client obeys a policy with `most_epsilon`, the updates of a node, in all runs charged in
@@ -187,11 +209,15 @@ class Policy(Section):
         ]
 
     def require_noise(self, multiplier: float) -> None:
-        """Raises PrivacyError where a noise multiplier, perhaps one that was solved for, is below `least_noise`."""
+        """Raises RefusalError where a noise multiplier, perhaps one that was solved for, is below `least_noise`."""
         if self.least_noise is not None and not multiplier >= self.least_noise:
-            raise PrivacyError(
-                f"a noise multiplier of {multiplier:.6g} is below the site's least_noise = {self.least_noise:g}. "
+            below = (
+                f"is below the site's least_noise = {self.least_noise:g}. "
                 f"Way out: privacy.noise_multiplier = {self.least_noise:g} or more, or a smaller privacy.epsilon"
+            )
+            raise RefusalError(
+                f"a noise multiplier of {multiplier:.6g} {below}",
+                told=f"the noise that follows from privacy.epsilon {below}",
             )
 
     def require_evaluation(self) -> None:

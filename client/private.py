@@ -16,7 +16,7 @@ from ..privacy.events import GaussianEvent
 from ..privacy.example_level import ExampleLevel, example_level_of
 from ..privacy.noise import Values
 from ..privacy.randomness import Randomness, randomness_of
-from ..protocols.errors import PrivacyError
+from ..protocols.errors import PrivacyError, SpecError
 from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout
 from ..protocols.spec import Local, RunSpec
@@ -101,6 +101,16 @@ def _check(member: Member, mechanism: ExampleLevel) -> None:
     if member.moments is not None:
         raise PrivacyError(
             "moments of earlier steps have no place in private training here: take a recipe that starts anew"
+        )
+
+
+def require_whole_rows(spec: RunSpec, examples: Examples) -> None:
+    """Raises SpecError where privacy is of examples, and a long text would be several of them."""
+    if spec.privacy.unit == "example" and len(np.unique(examples.rows)) < len(examples):
+        raise SpecError(
+            f'privacy.unit = "example": texts longer than model.max_length = {spec.model.max_length} are cut, and each '
+            "piece would be an example: whoever has a text of k pieces would be promised k times ε. "
+            'Way out: a larger max_length, texts that are cut where one may stand for itself, or unit = "client"'
         )
 
 

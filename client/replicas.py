@@ -54,10 +54,10 @@ class Replicas:
     follows the plain inner optimizer; mixing 1 keeps a node's own tensors, mixing 0 takes the federation's.
     """
 
-    def __init__(self, shared: SharedAdapter) -> None:
+    def __init__(self, shared: SharedAdapter, shelf: Shelf | None = None) -> None:
         self.shared = shared
         self.trained = shared.trained(1)
-        self.shelf = Shelf()
+        self.shelf = Shelf() if shelf is None else shelf
 
     def tables(self) -> tuple[Any, ...]:
         """All that is kept from round to round, each by node: whoever moves nodes elsewhere takes their entries along."""

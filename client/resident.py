@@ -22,11 +22,12 @@ from ..protocols.layout import Flat
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment, Description, Update
-from .accounts import Accounts
+from .accounts import SiteAccounts
 from .evaluation import score
 from .exchanger import Exchanger
 from .halfway import Halfway
 from .loading import Loaded, load
+from .shelf import Shelf
 from .site import Site
 from .slopes import exchanger_of
 from .status import Status
@@ -40,6 +41,7 @@ MOST_EXCHANGERS = 16
 """Runs of zeroth order at once: each holds an adapter, and a server can name runs without end."""
 
 ACCOUNTS, ADAPTERS, HALFWAY, RESULTS = "accounts", "adapters", "halfway.safetensors", "results"
+SHELF = "kept.sqlite"
 
 TOLD = (SpecError, PayloadError, PrivacyError)
 """What the server may read: the texts of other errors name files, rows and values of this site."""
@@ -59,13 +61,16 @@ class Resident:
     A round that was cut off goes on from where it was kept. Under `privacy.unit = "example"` it begins anew, with noise
     that is drawn anew, and is charged once more: nothing of the first try has left. `trained` is the last question that was
     answered with an update.
+
+    Raises PrivacyError and OutputError as SiteAccounts, before anything is asked of it.
     """
 
     def __init__(self, site: Site, node: int, folder: Path, *, save: Save, status: Status) -> None:
         self.site, self.node, self.folder = site, node, folder
         self.save, self.status = save, status
-        self.accounts = Accounts(folder / ACCOUNTS)
+        self.accounts = SiteAccounts(folder / ACCOUNTS)
         self.halfway = Halfway(folder / HALFWAY, site.train.checkpoint_seconds)
+        self.shelf = Shelf(folder / SHELF)
         self.trained = b""
         self._loaded: Loaded | None = None
         self._exchangers: dict[str, Exchanger] = {}
@@ -136,14 +141,16 @@ class Resident:
         objections = self.site.problems(spec)
         if asked.round > spec.run.rounds:  # else a limit on rounds would be one on what the server says
             objections.append(f"round {asked.round} of a run of {spec.run.rounds}")
+        own = ""
         if objections:
             update = _refused(asked, " ".join(objections))
         else:
             client = self._client(spec).client
             self.halfway.begin(_identity(spec, asked))
             (update,) = client.train([asked])
+            own = client.reasons.get(asked, "")
         facts: dict[str, float | str] = {"loss": update.metrics["loss"]} if "loss" in update.metrics else {}
-        facts |= {"reason": update.reason} if update.reason else {}
+        facts |= {"reason": own or update.reason} if update.reason else {}
         seconds = round(time.monotonic() - started, 2)
         self.status.round(run=asked.run, round=asked.round, kind=update.kind, seconds=seconds, **facts)
         return update
@@ -171,6 +178,7 @@ class Resident:
         own = json.dumps({"version": asked.version, **scores}, indent=2)
         (folder / "evaluation.json").write_text(own + "\n", encoding="utf-8")
         logger.info("%s: the adapter of run %s; own data: %s", folder, spec.run.name, scores)
+        self.shelf.drop(spec.run.name)
         self.status.round(run=asked.run, round=asked.round, kind="adopted", **scores)
 
     def _meet(self, spec: RunSpec) -> None:
@@ -189,7 +197,10 @@ class Resident:
         return self._client(spec)
 
     def _client(self, spec: RunSpec) -> Loaded:
-        """The client of a spec. The model that is there stays where it would be loaded the same."""
+        """The client of a spec. The model that is there stays where it would be loaded the same.
+
+        Questions of several runs may alternate, so what rounds leave for the next lies beside the client.
+        """
         found = self._loaded
         if found is None or _of_model(found.client.spec) != _of_model(spec):
             self._loaded = None  # two models at once may not fit
@@ -198,7 +209,8 @@ class Resident:
             found = replace(found, client=found.client.affording(self.site.train.most_rank or 0))
         elif found.client.spec != spec:
             found = Loaded(found.client.under(spec).keeping(self.accounts), found.evaluation)
-        self._loaded = found
+        if found is not self._loaded:
+            found = self._loaded = replace(found, client=found.client.shelving(self.shelf))
         return found
 
 

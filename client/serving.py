@@ -26,7 +26,8 @@ def serve(site: Site, folder: Path, save: Save, *, once: bool = False, backoff: 
     """Stay with the server until Ctrl-C or SIGTERM; with `once`, until it has taken the update of one round.
 
     Raises RejectedError where the server refuses this node for good, TrustError where there is no key to show it, or
-    where its certificate has run out.
+    where its certificate has run out; and, before it connects, PrivacyError and OutputError where the site's ledger is
+    broken or cannot be used, for it would then refuse round after round.
     """
     if site.train.threads is not None:
         torch.set_num_threads(site.train.threads)

@@ -27,6 +27,7 @@ from ..protocols.update import Assignment
 from .batches import plan_batches
 from .client import Client
 from .exchanger import Exchanger, Probe, Slopes
+from .policy import told
 from .tasks import Indices
 from .zeroth import Ask, Probing
 
@@ -71,16 +72,16 @@ class ClientProber:
     def _private(self, weights: Floats, probe: Probe) -> Slopes:
         """Charged before anything is computed from the data; an empty draw is answered with noise like any other."""
         privacy, accounts, own = self.spec.privacy, self.client.accounts, self._own(probe)
-        mechanism = self._mechanism(len(own), len(probe.directions))
         source = randomness_of(privacy, derive(self.spec.run.seed, "private slopes", probe.number, probe.node))
         asked = Assignment(self.spec.run.name, probe.number, 1, probe.node, "", b"")
         per_run, in_all = self.client.policy.caps(privacy)
         try:
+            mechanism = self._mechanism(len(own), len(probe.directions))
             self.client.policy.require_noise(mechanism.noise_multiplier)
             event = mechanism.event(1, secret=source.secret)
             accounts.charge(asked, event, privacy.delta, per_run=per_run, in_all=in_all)
         except PrivacyError as error:
-            return Slopes(refusal=str(error))
+            return Slopes(refusal=told(error, asked))
         rows = own[mechanism.draw(source)]
         sums = [mechanism.bounded(self._each(weights, probe, rows))] if len(rows) else []
         released: Doubles = mechanism.release(sums, source)

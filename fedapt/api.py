@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from .client.adapted import adapt, orthonormalize_factors
+from .client.adapters import methods_of
 from .client.client import Client, Sites
 from .client.frozen import add_frozen
 from .client.tasks import CausalLanguageModel, Examples, ImageClassification, SequenceClassification, Task
 from .progress import Silent, Watch
 from .protocols.errors import DataError, ModelError, SpecError
-from .protocols.legality import initial_a, recipe_of
+from .protocols.legality import RANKED, initial_a, recipe_of
+from .protocols.shared import require_pairs
 from .protocols.spec import RunSpec
 from .server.store import MemoryStore
 from .sim.clock import with_clock
@@ -45,7 +47,8 @@ def simulate(
     `model` is a `peft.PeftModel`; what it trains is what is federated, starting from its present values, and it holds
     the result afterwards. `clients` are datasets whose items have `input_ids` (or `pixel_values`) and `labels`
     (causal language models may leave `labels` out). `steps` local batches a round, or one pass if None.
-    `sections` sets anything else of a spec, for example `{"wire": {"codec": "int8"}}`.
+    `sections` sets anything else of a spec, for example `{"wire": {"codec": "int8"}}`. Rank, alpha and method of the
+    adapter are the model's own.
 
     Raises SpecError, ModelError or DataError, each with the way out.
     """
@@ -54,6 +57,7 @@ def simulate(
     raw: dict[str, Any] = {
         "run": {"name": "simulation", "rounds": rounds, "seed": seed},
         "model": {"base": getattr(model.config, "_name_or_path", "") or "in-memory", "task": task, **sizes},
+        "adapter": _adapter(model, (sections or {}).get("adapter", {})),
         "recipe": {"name": recipe},
         "local": {"optimizer": optimizer, "learning_rate": learning_rate, "batch_size": batch_size}
         | ({} if steps is None else {"steps": steps}),
@@ -72,6 +76,7 @@ def simulate(
 def _federation(spec: RunSpec, model: Any, clients: Sequence[Items], evaluation: Items | None) -> Federation:
     recipe = recipe_of(spec)
     adapted = adapt(model, _padding_task(spec.model.task, model))
+    require_pairs(recipe, adapted.layout, "model")
     if initial_a(spec) == "eva":
         raise SpecError(
             'recipe.initial_a = "eva" is illegal here: put it into the A\'s of the model that you pass. '
@@ -95,6 +100,30 @@ def _federation(spec: RunSpec, model: Any, clients: Sequence[Items], evaluation:
     )
     names = [f"client {i}" for i in range(len(parts))]
     return Federation(Client(spec, adapted, Sites(examples, indices)), held_out, names)
+
+
+def _adapter(model: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, rank and alpha as the model's own config has them. Raises SpecError where `stated` says another."""
+    config = model.peft_config[model.active_adapter]
+    kind = config.to_dict().get("peft_type")
+    methods = methods_of(config.to_dict() | {"peft_type": str(getattr(kind, "value", kind))})
+    if not methods:  # a kind that a spec does not name
+        return {}
+    method = stated["method"] if stated.get("method") in methods else methods[0]
+    own: dict[str, Any] = {"method": method}
+    if method in RANKED:  # AdaLoRA has all of `init_r`, because nothing is pruned here
+        own["rank"] = getattr(config, "init_r", config.r)
+    if method in ("lora", "dora"):
+        own["rank"] = max([config.r, *config.rank_pattern.values()])
+    if method in RANKED and method != "vera":
+        own["alpha"] = config.lora_alpha
+    for key, value in own.items():
+        if key in stated and stated[key] != value:
+            raise SpecError(
+                f"adapter.{key} = {stated[key]!r}: the model that you pass has {value!r}. Leave the key out, or give "
+                "peft's own config the other value."
+            )
+    return own
 
 
 def _task(model: Any) -> str:

@@ -10,12 +10,14 @@ from .privacy.membership import LOW, Membership
 from .protocols.errors import SpecError
 from .protocols.legality import recipe_of
 from .protocols.spec import RunSpec
-from .server.audited import audited_path
+from .server.audited import AuditedClip, audited_path
 from .server.auditing import (
     CROWD,
+    DRAWN_NODES,
     FALSE_ALARM,
     Finding,
     canary_trials,
+    clip_findings,
     findings,
     mu,
     noise,
@@ -34,7 +36,7 @@ class Audit:
     """The findings for one spec; `private` is False where its noise is that of a simulation.
 
     `population` are the clients of client-level privacy; None where it is of a node's examples. `membership` is what an
-    attack on released adapters has reached, where one was asked for.
+    attack on released adapters has reached, where one was asked for. `note` says why there are no findings, if so.
     """
 
     recipe: str
@@ -45,6 +47,7 @@ class Audit:
     private: bool
     findings: Sequence[Finding]
     membership: Membership | None = None
+    note: str = ""
 
     @property
     def sound(self) -> bool:
@@ -69,6 +72,8 @@ class Audit:
             ]
         if self.membership is not None:
             lines.append(_told(self.membership, "clients" if self.unit == "client" else "examples"))
+        if self.note:
+            lines.append(self.note)
         return "\n\n".join([*lines, self._conclusion()])
 
     def _conclusion(self) -> str:
@@ -87,10 +92,14 @@ def audit(spec: RunSpec, trials: int, shadows: int = 0) -> Audit:
 
     Releases are of a small adapter of its own with the spec's recipe, codec, clip, noise and draws. With `shadows`, the
     spec is also run so many times, and its adapters are attacked (`sim/membership.py`); then a spec that claims no
-    privacy has an audit too. Raises SpecError for a spec without privacy or, client-level, without a public number of
-    clients, PrivacyError for a cap that no noise can meet, and what a run raises.
+    privacy, or whose mechanism has no path here, has an audit too. Raises SpecError for such a spec without `shadows`
+    and, client-level, for one without a public number of clients, PrivacyError for a cap that no noise can meet, and
+    what a run raises.
     """
-    found = _of_the_mechanism(spec, trials) if spec.privacy.unit != "none" or not shadows else _nothing(spec)
+    reason = _without_a_path(spec)
+    if reason and not shadows:
+        raise SpecError(reason + ", or ask for --membership, which attacks any run")
+    found = _attacked_alone(spec) if reason else _of_the_mechanism(spec, trials)
     if not shadows:
         return found
     from .sim.federation import build
@@ -102,28 +111,42 @@ def audit(spec: RunSpec, trials: int, shadows: int = 0) -> Audit:
 def _of_the_mechanism(spec: RunSpec, trials: int) -> Audit:
     recipe, privacy = recipe_of(spec), spec.privacy
     secret = privacy.noise == "secret"
-    if privacy.unit == "none":
-        raise SpecError(
-            'privacy.unit = "none": nothing is claimed that could be audited; set unit = "client", or ask for '
-            "--membership, which attacks any run"
-        )
-    if privacy.unit == "example" and recipe.zeroth:
-        raise SpecError(
-            f'privacy.unit = "example" with {recipe.name}: an audit has no path through what a node does in an exchange. '
-            'Audit the same clip and noise with unit = "client", or ask for --membership'
-        )
     if privacy.unit == "example":
         found = list(step_findings(spec, trials))
         return Audit(recipe.name, spec.wire.codec, "example", None, _step_noise(spec), secret, found)
     path = audited_path(spec, _population(spec))
     found = list(findings(path, trials))
+    if privacy.clipping == "adaptive":
+        found += clip_findings(AuditedClip(spec, path.population))
     multiplier = path.event.noise_multiplier
     codec = spec.zeroth.code if recipe.zeroth else spec.wire.codec
     return Audit(recipe.name, codec, "client", path.population, multiplier, secret, found)
 
 
-def _nothing(spec: RunSpec) -> Audit:
-    return Audit(recipe_of(spec).name, spec.wire.codec, "none", None, 0.0, False, [])
+def _without_a_path(spec: RunSpec) -> str:
+    """Why the mechanism of a spec has no tests, and what could be audited instead; empty where it has."""
+    unit, recipe = spec.privacy.unit, recipe_of(spec)
+    if unit == "none":
+        return 'privacy.unit = "none": nothing is claimed that could be audited; set unit = "client"'
+    if unit == "example" and recipe.zeroth:
+        return (
+            f'privacy.unit = "example" with {recipe.name}: an audit has no path through what a node does in an exchange. '
+            'Audit the same clip and noise with unit = "client"'
+        )
+    return ""
+
+
+def _attacked_alone(spec: RunSpec) -> Audit:
+    """An audit without findings, of a spec whose mechanism has no tests."""
+    recipe, privacy = recipe_of(spec), spec.privacy
+    codec = spec.zeroth.code if recipe.zeroth else spec.wire.codec
+    if privacy.unit == "none":
+        return Audit(recipe.name, codec, "none", None, 0.0, False, [])
+    note = (
+        f"The mechanism was not tested: an audit has no path through what a node does in an exchange of {recipe.name}."
+    )
+    multiplier = privacy.noise_multiplier or 0.0
+    return Audit(recipe.name, codec, privacy.unit, None, multiplier, privacy.noise == "secret", [], note=note)
 
 
 def step_findings(spec: RunSpec, trials: int) -> Iterator[Finding]:
@@ -135,7 +158,7 @@ def step_findings(spec: RunSpec, trials: int) -> Iterator[Finding]:
 
     spec = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"noise_multiplier": _step_noise(spec)})})
     crowded, sparse = AuditedStep(spec, 2 * CROWD, CROWD), AuditedStep(spec, 2, 1)
-    batch = spec.local.batch_size
+    batch = min(spec.local.batch_size, DRAWN_NODES // DRAWS_OF)
     certain = AuditedStep(spec, crowded.size, crowded.size)
     yield sensitivity(crowded)
     outcomes = canary_trials(certain, trials)

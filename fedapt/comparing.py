@@ -30,7 +30,8 @@ from .svg import count, duration, measured, size
 
 @dataclass(frozen=True)
 class Run:
-    """One line of a comparison. `best` is an evaluation as it was stored; errors are relative; None: not measured."""
+    """One line of a comparison. `best` is an evaluation as it was stored; errors are relative
+    and of the averaging, before the server's own step; None: not measured."""
 
     name: str
     folder: str

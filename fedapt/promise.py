@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .privacy.ledger import Ledger
 from .protocols.spec import RunSpec
 from .server.store import Row
 
@@ -34,9 +35,17 @@ class Promise:
         return asdict(self)
 
 
-def promise(spec: RunSpec, rows: Sequence[Row]) -> Promise:
-    """Of all rounds that are committed: the last row that states what has been spent has stated it for all before."""
-    spent = [row for row in rows if "epsilon" in row]
-    if spec.privacy.unit == "none" or not spent:
-        return Promise(spec.privacy.unit)
-    return Promise(spec.privacy.unit, spent[-1]["epsilon"], spec.privacy.delta, spent[-1]["private"])
+def promise(spec: RunSpec, rows: Sequence[Row], ledger: Ledger) -> Promise:
+    """Of all that was released, whichever rounds were evaluated.
+
+    Of clients it is what the run's `ledger` has been charged. Of examples it is the cap: each node's own ledger keeps its
+    examples within it, and what nodes report of themselves lacks those that did not answer of late.
+    """
+    privacy = spec.privacy
+    if privacy.unit == "none" or rows[-1]["round"] == 0:
+        return Promise(privacy.unit)
+    if privacy.unit == "client":
+        account = ledger.spent(privacy.delta)
+        return Promise(privacy.unit, account.epsilon, privacy.delta, account.private)
+    private = privacy.noise == "secret" and all(row.get("private", True) for row in rows)
+    return Promise(privacy.unit, privacy.epsilon, privacy.delta, private)

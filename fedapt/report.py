@@ -403,7 +403,8 @@ def _exactness(curves: Sequence[Curve]) -> str:
         return ""
     zeros = sum(v == 0 for line in found for _, v in line.points)
     caption = (
-        "‖mean(BA) − B̂Â‖ / ‖mean(BA)‖: how far the new global adapter is from the mean of what the clients trained."
+        "‖mean(BA) − B̂Â‖ / ‖mean(BA)‖: how far the average of a round is from the mean of what the clients trained, before"
+        " the server’s own step."
         " Around 10⁻⁸ is rounding, so the aggregation is exact; the average of A times the average of B is far above it."
     )
     caption += f" {zeros:,} rounds with an error of exactly 0 have no place on a log scale." if zeros else ""

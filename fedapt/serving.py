@@ -275,7 +275,7 @@ def _write_results(spec: "RunSpec", folder: Any, coordinator: Any) -> None:
     from .server.export import save_adapter
 
     rows = coordinator.store.rows(spec.run.name)
-    kept = promise(spec, rows)
+    kept = promise(spec, rows, coordinator.ledger)
     best = coordinator.best_round()
     save_adapter(folder.adapter, coordinator.description, coordinator.adapter(best), kept.as_dict())
     facts = {

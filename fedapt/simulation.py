@@ -13,6 +13,7 @@ from .client.accounts import Accounts
 from .client.evaluation import score
 from .client.shelf import Shelf
 from .outputs import RunFolder, spec_toml
+from .privacy.ledger import Ledger
 from .progress import Silent, Watch
 from .promise import Promise, promise
 from .protocols.keys import derive, generator
@@ -44,11 +45,13 @@ SCORED_CLIENTS, SCORED_EXAMPLES = 60, 240
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a coordinator leaves: rows, and the adapter (fp32 over the layout) of the best round, else of the last."""
+    """What a coordinator leaves: rows, the adapter (fp32 over the layout) of the best round, else of the last, and what
+    was charged here."""
 
     rows: list[Row]
     description: Description
     adapter: Flat
+    ledger: Ledger
     complete: bool
 
 
@@ -71,7 +74,7 @@ class Result:
     @property
     def privacy(self) -> Promise:
         """What is promised of all that the run has released."""
-        return promise(self.spec, self.outcome.rows)
+        return promise(self.spec, self.outcome.rows, self.outcome.ledger)
 
     @property
     def best_round(self) -> int | None:
@@ -165,7 +168,7 @@ def coordinate(
     except KeyboardInterrupt:
         complete = False
     adapter = coordinator.adapter(coordinator.best_round())
-    return Outcome(store.rows(spec.run.name), coordinator.description, adapter, complete)
+    return Outcome(store.rows(spec.run.name), coordinator.description, adapter, coordinator.ledger, complete)
 
 
 def keep_on_disk(client: "Client", path: Path, *, fresh: bool) -> None:

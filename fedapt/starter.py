@@ -40,6 +40,7 @@ name = "{recipe}"{pad}# {summary}
 # optimizer = "nesterov"        # of the server: {optimizers}
 # aggregator = "mean"           # or against bad nodes: geometric-median | krum | multi-krum | clip | median | …
                                 # or by what helps: fisher | greedy-soup
+# weighting = "examples"        # clip, median, trimmed-mean and geometric-median need "uniform"
 
 [local]
 optimizer = "adamw"             # adamw | sgd

@@ -8,6 +8,7 @@
 | `sizes_p_value`      | do cohorts have the sizes of a Poisson draw?                       | chi-square, Pearson           |
 | `inclusion_p_value`  | is everybody drawn equally often?                                  | chi-square                    |
 | `dependence_p_value` | does the noise follow from something that others can compute?      | Fisher's z                    |
+| `overlap_p_value`    | do the cohorts?                                                    | binomial                      |
 
 Pure functions of what was observed. A p-value is the probability of an outcome at least this bad if the claim holds;
 a bound with a `level` is wrong with at most that probability. An audit can refute a claim, and never prove one.
@@ -181,3 +182,16 @@ def dependence_p_value(noise: Values, guess: Values) -> tuple[float, float]:
     correlation = float(np.corrcoef(noise, guess)[0, 1])
     distance = np.arctanh(min(abs(correlation), 1 - 1e-16)) * (len(noise) - 3) ** 0.5
     return correlation, float(2 * stats.norm.sf(distance))
+
+
+def overlap_p_value(common: int, guessed: int, rate: float) -> tuple[float, float]:
+    """The correlation of cohorts with a guess of them, and its two-sided p-value if they have no relation.
+
+    Of `guessed` nodes, counted over all draws, `common` were drawn; each is with probability `rate`, 0 < rate < 1. The
+    correlation is 1 where all were, and 0 where nobody was guessed. The p-value is exact for independent coins; draws of
+    a fixed size have a smaller spread.
+    """
+    if guessed == 0:
+        return 0.0, 1.0
+    p_value = 2 * min(stats.binom.cdf(common, guessed, rate), stats.binom.sf(common - 1, guessed, rate))
+    return (common / guessed - rate) / (1 - rate), float(min(1.0, p_value))

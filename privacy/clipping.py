@@ -13,6 +13,9 @@ Float = TypeVar("Float", np.float32, np.float64)
 BIT_NOISE = 1 / 20
 """Adaptive clipping: standard deviation of the noise on the sum of bits ÷ expected number of updates (σ_b = m/20)."""
 
+LEAST_CLIP, MOST_CLIP = 2.0**-100, 2.0**60
+"""Where fp32 is neither too coarse nor full: a clip that adapts stays between them, whatever the updates are."""
+
 _SLACK = 2.0**-22  # more than float32 rounds an entry by (2⁻²⁴) and a float64 sum of 2²⁹ squares is off by (2⁻²⁴)
 
 
@@ -36,7 +39,7 @@ def clip_rows(
 
     Formal guarantees: the exact norm of every returned row is at most `bound`, rounding included, for d ≤ 2²⁹.
     """
-    if not bound >= 2.0**-100:
+    if not bound >= LEAST_CLIP:
         raise PrivacyError(f"the clip is {bound}, and a positive number of at least 2^-100 is needed")
     limit = bound * (1 - _SLACK)
     finite = np.isfinite(changes).all(axis=1)
@@ -88,4 +91,5 @@ class AdaptiveClip:
 
     def after(self, noised_fraction: float) -> "AdaptiveClip":
         """The next round's clip, C·exp(−η_C·(b̃ − γ)). b̃ = `noised_fraction` may lie outside of [0, 1]: it is noised."""
-        return replace(self, bound=self.bound * exp(-self.rate * (noised_fraction - self.quantile)))
+        bound = self.bound * exp(min(-self.rate * (noised_fraction - self.quantile), 100.0))
+        return replace(self, bound=min(max(bound, LEAST_CLIP), MOST_CLIP))

@@ -51,8 +51,12 @@ class Fp32:
         return finite(np.frombuffer(payload, "<f4").astype(np.float32))
 
 
+QUIET_NAN = 0x7FC0
+"""NaN in bf16."""
+
+
 class Bf16:
-    """The upper half of fp32, rounded to nearest even: 2 bytes a value, relative error ≤ 2⁻⁸."""
+    """The upper half of fp32, rounded to nearest even: 2 bytes a value, relative error ≤ 2⁻⁸. NaN stays NaN."""
 
     name = "bf16"
 
@@ -62,7 +66,8 @@ class Bf16:
     def encode(self, flat: Flat, layout: AdapterLayout, key: int) -> bytes:
         bits = flat.astype("<f4").view(np.uint32)
         rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
-        return (rounded >> 16).astype("<u2").tobytes()
+        # Rounding carries a NaN whose low bits are ones over into a zero.
+        return np.where(np.isnan(flat), QUIET_NAN, rounded >> 16).astype("<u2").tobytes()
 
     def decode(self, payload: bytes, layout: AdapterLayout) -> Flat:
         check_size(self, payload, layout)

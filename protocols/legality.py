@@ -25,6 +25,7 @@ def illegal(spec: RunSpec, recipe: Recipe) -> list[str]:
         *_of_the_adapter(spec, recipe),
         *_of_the_start(spec, recipe),
         *_of_the_aggregator(spec, recipe),
+        *_of_the_weighting(spec, recipe),
         *_of_the_wire(spec, recipe),
         *_of_fragments(spec, recipe),
         *_of_privacy(spec, recipe),
@@ -146,6 +147,9 @@ def _of_eva(spec: RunSpec, recipe: Recipe) -> list[str]:
         problems.append(f'{eva} with adapter.method = "{spec.adapter.method}", which has no A of its own. {nearest}')
     if spec.adapter.start:
         problems.append(f'{eva} with adapter.start = "{spec.adapter.start}", which has an A already. {nearest}')
+    if recipe.refactorizes and spec.adapter.ranks:
+        ranks, why = list(spec.adapter.ranks), "the rotation of a round needs more rows of A than a small node receives"
+        problems.append(f"{eva} with {recipe.name} and adapter.ranks = {ranks}: {why}. {nearest}")
     if recipe.streams or recipe.zeroth:
         problems.append(
             f"{eva} with {recipe.name}: nodes begin from tensors of their own, and two machines may compute another A. "
@@ -164,6 +168,9 @@ def _of_eva(spec: RunSpec, recipe: Recipe) -> list[str]:
 ON_ENTRIES = ("median", "trimmed-mean", "ties", "breadcrumbs", "pcb", "fisher")
 """Aggregators that look at each number for itself."""
 
+WEIGHED = ("clip", "median", "trimmed-mean", "geometric-median")
+"""Aggregators against bad nodes that bear less than half of the weight, whoever has it."""
+
 
 def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
     name = spec.recipe.aggregator
@@ -176,16 +183,22 @@ def _of_the_aggregator(spec: RunSpec, recipe: Recipe) -> list[str]:
         why = "nodes of a small rank do not send all entries"
     elif name == "fisher" and recipe.streams:
         why = "a node trains tensors of its own, and its information would be of them, not of the federation's"
-    elif name == "fisher" and spec.wire.codec in ("top-k", "seed-projection"):
-        why = f'information is 2 bytes for each of the values that wire.codec = "{spec.wire.codec}" does not send'
     elif name == "greedy-soup" and not recipe.linear:
         why = f"a soup is a mean of tensors, and what {recipe.name} makes of a round is none"
     elif name == "clip" and recipe.replaces:
         why = "weights that sum to less than 1 shrink the adapter, not the step"
-    nearest = "geometric-median"
+    nearest = "geometric-median" if name in WEIGHED else "mean"
     if name != "mean" and recipe.averages == "by-norm":
         why, nearest = f"{recipe.name} gives the weights itself, by a norm that any node can make large", "mean"
     return [f'recipe.aggregator = "{name}" is illegal here: {why}. Nearest legal: "{nearest}".'] if why else []
+
+
+def _of_the_weighting(spec: RunSpec, recipe: Recipe) -> list[str]:
+    name, weighting = spec.recipe.aggregator, spec.recipe.weighting
+    if weighting == "uniform" or name not in WEIGHED or recipe.zeroth:  # codes have no weights
+        return []
+    why = 'a bad node would state any weight. Nearest legal: recipe.weighting = "uniform".'
+    return [f'recipe.weighting = "{weighting}" is illegal with recipe.aggregator = "{name}": {why}']
 
 
 def _of_trimming(name: str, recipe: Recipe) -> list[str]:
@@ -200,16 +213,34 @@ def _of_trimming(name: str, recipe: Recipe) -> list[str]:
 
 
 def _of_the_wire(spec: RunSpec, recipe: Recipe) -> list[str]:
-    if spec.wire.codec != "top-k":
-        return []
+    why = _of_single_entries(spec) or _of_the_residual(spec, recipe)
+    return [f'wire.codec = "{spec.wire.codec}" is illegal here: {why}. Nearest legal: "fp4".'] if why else []
+
+
+def _of_single_entries(spec: RunSpec) -> str:
+    """Why the codec has no entries that the aggregator could look at, or nothing."""
+    sent = {"top-k": "most entries of an update are 0", "seed-projection": "an entry of one update is mostly error"}
+    if spec.wire.codec not in sent or spec.recipe.aggregator not in ON_ENTRIES:
+        return ""
+    return f'{sent[spec.wire.codec]}, and recipe.aggregator = "{spec.recipe.aggregator}" looks at each for itself'
+
+
+def _of_the_residual(spec: RunSpec, recipe: Recipe) -> str:
+    """Why error feedback cannot keep what top-k leaves out, or nothing."""
     why = ""
+    if spec.wire.codec != "top-k":
+        return why
     if recipe.replaces or recipe.alternates or recipe.refreshes:
         why = f"{recipe.name} gives nodes other factors from round to round, where an old residual means nothing"
     elif recipe.streams:
         why = "what is left of a fragment stays in the node's own tensors already"
     elif spec.adapter.ranks:
         why = "nodes of different ranks would keep residuals of different shapes"
-    return [f'wire.codec = "top-k" is illegal here: {why}. Nearest legal: "fp4".'] if why else []
+    elif spec.recipe.aggregator in ("krum", "multi-krum", "greedy-soup"):
+        why = f'recipe.aggregator = "{spec.recipe.aggregator}" drops updates, and their nodes take them for heard'
+    elif spec.participation.spare > 0:
+        why = f"with participation.spare = {spec.participation.spare:g} updates are dropped that nodes take for heard"
+    return why
 
 
 def _of_fragments(spec: RunSpec, recipe: Recipe) -> list[str]:

@@ -12,11 +12,40 @@ from typing import Any
 import numpy as np
 
 from .errors import SpecError
-from .layout import A_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, leading
+from .layout import A_SUFFIX, B_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, leading
 from .recipes import Recipe
 from .spec import Recipe as Settings
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def works_on_factors(recipe: Recipe) -> bool:
+    """Whether it needs the two factors of each ΔW = B·A; the others average any tensor, or move it by codes."""
+    return not recipe.zeroth and (recipe.averages != "tensors" or recipe.residual != "lost")
+
+
+def require_pairs(recipe: Recipe, layout: AdapterLayout, where: str) -> None:
+    """Raise SpecError where the recipe works on ΔW = B·A, and a LoRA tensor is in no pair or there is no pair at all.
+
+    Such a tensor would be averaged for itself, and the aggregation error, which is of the pairs, would not show it.
+    `where` is what holds the tensors, for the message.
+    """
+    if not works_on_factors(recipe):
+        return
+    paired = {factor.name for pair in layout.pairs for factor in (pair.a, pair.b)}
+    alone = [t for t in layout.tensors if "lora_" in t.name and t.name not in paired]
+    if layout.pairs and not alone:
+        return
+    named = [f"{t.name} of shape {t.shape}" for t in alone or layout.tensors]
+    if alone:
+        problem = f"{named[0]} is in no pair of plain LoRA factors"
+    else:
+        problem = ", such as ".join([f"no pair of plain LoRA factors among its {len(named)} tensors", *named[:1]])
+    raise SpecError(
+        f'{where}: {problem}, and recipe "{recipe.name}" works on ΔW = B·A. A pair is MODULE{A_SUFFIX} of (rank, inputs) '
+        f"and MODULE{B_SUFFIX} of (outputs, rank), both trainable and without DoRA's magnitudes: peft's own names, as in "
+        'get_peft_model_state_dict(model). Nearest legal: "fedit", the mean of what is trained.'
+    )
 
 
 @dataclass(frozen=True)

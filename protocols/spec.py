@@ -293,8 +293,8 @@ class Privacy(Section):
 
     unit: Literal["none", "example", "client"] = "none"
     epsilon: PositiveFloat | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    clip: Annotated[float, Field(ge=2.0**-100, allow_inf_nan=False)] = 1.0
+    delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
+    clip: Annotated[float, Field(ge=2.0**-100, le=2.0**60)] = 1.0
     clipping: Literal["fixed", "adaptive"] = "fixed"
     mechanism: Literal["gaussian", "banded"] = "gaussian"
     separation: Positive | None = None

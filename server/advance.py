@@ -37,7 +37,8 @@ def advance(
     number: int,
     score: Score | None = None,
 ) -> tuple[Flat, Buffers, float]:
-    """The state that round `number + 1` starts from, its buffers, and the aggregation error of round `number`.
+    """The state that round `number + 1` starts from, its buffers, and the aggregation error of round `number`
+    (of its averaging, before the server's own step: `aggregation.aggregate`).
 
     `state` is fp32 over `shared.received(number)`; `received` is the same as it arrived at the nodes, which a lossy
     downlink rounds. Without a contribution no tensor moves. Raises SpecError where the aggregator needs a `score` and

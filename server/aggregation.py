@@ -28,8 +28,9 @@ STACKED, SETTLED = 256, 1e-6
 
 @dataclass(frozen=True)
 class Aggregate:
-    """`change` is fp32 over the layout that the recipe steps; `error` is relative; `residual` is what the server keeps
-    for the next round (fp32, over `residual_layout`; of size 0 for most recipes)."""
+    """`change` is fp32 over the layout that the recipe steps; `error` is relative, and of `change` as it is, before the
+    server's own step; `residual` is what the server keeps for the next round (fp32, over `residual_layout`; of size 0 for
+    most recipes)."""
 
     change: Flat
     error: float
@@ -44,7 +45,9 @@ def aggregate(
     `residual` is what the last round left (None before the first). The error is
     `‖mean(B_k·A_k) − B̂·Â‖ / ‖mean(B_k·A_k)‖` over all modules together (Frobenius), where what the recipe sends as
     frozen factors counts as not lost, and what stays at the server counts as lost until it is sent; 0 where nothing
-    was learned. Under a rule on distances the mean has the rule's weights.
+    was learned. It is the error of averaging: `B̂·Â` is the adapter after the change alone, before the server's own step,
+    whose learning rate and momentum (`optimizers.py`) have no part in it. Under a rule on distances the mean has the
+    rule's weights.
     """
     layout, updates = updates.layout, weighed(updates, settings)
     stepped, kept = recipe.stepped(layout, number), residual_layout(recipe, settings, layout)

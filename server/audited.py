@@ -28,7 +28,7 @@ from ..protocols.shared import SharedAdapter
 from ..protocols.spec import RunSpec
 from .advance import advance
 from .optimizers import Buffers
-from .private import ClientLevel, client_level
+from .private import CLIP, ClientLevel, client_level
 from .reduction import Reduction
 from .rounds import Contribution
 
@@ -67,12 +67,11 @@ class AuditedPath:
     @property
     def noise_std(self) -> float:
         """The noise on the sum that the event charges; an adaptive clip's bits take a part of the charge: it is more."""
-        event, privacy = self.event, self.spec.privacy
-        if privacy.clipping == "fixed":
+        event = self.event
+        if self.spec.privacy.clipping == "fixed":
             return event.noise_std
-        changed = 2 if event.relation == "replace-one" else 1
-        bits = max(BIT_NOISE * self.private.mechanism.expected, event.noise_multiplier * changed)
-        return sum_multiplier(event.noise_multiplier, bits / changed) * event.sensitivity
+        bits = _bit_noise(event, self.private.mechanism.expected)
+        return sum_multiplier(event.noise_multiplier, bits / _changed(event)) * event.sensitivity
 
     @property
     def size(self) -> int:
@@ -202,12 +201,63 @@ class AuditedExchange(AuditedPath):
         return self.reduction.released(counts, self.scale, number)[0]
 
 
+class AuditedClip(AuditedPath):
+    """A release is here what an adaptive clip follows: the noised sum of bits, as the next round's clip tells it.
+
+    A bit is whether a change is within the clip, and that alone: changes have one coordinate here, and the clip is 1.
+    """
+
+    private: ClientLevel
+
+    def __init__(self, spec: RunSpec, population: int) -> None:
+        privacy = spec.privacy.model_copy(update={"clip": 1.0})
+        self.spec, self.population = spec.model_copy(update={"privacy": privacy}), population
+        self.private = ClientLevel(self.spec, population, 1)
+
+    @cached_property
+    def event(self) -> Event:
+        """The bits' part of what a release charges: ±½ of each that changes, and what two fp32 clips may miss of it."""
+        event, mechanism = self.private.event, self.private.mechanism
+        missed = 2.0**-23 * mechanism.expected / mechanism.clip.rate
+        noise_std = _bit_noise(event, mechanism.expected)
+        return replace(event, noise_std=noise_std, sensitivity=_changed(event) / 2 + missed)
+
+    @property
+    def noise_std(self) -> float:
+        return self.event.noise_std
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    def arrived(self, change: Flat, *parts: int | str) -> Flat:
+        """Only its norm matters, and that is of what the server decodes."""
+        return change
+
+    def release(self, changes: Sequence[Flat], number: int) -> Values:
+        """The noised sum of the bits: float64 (1,)."""
+        _, kept, _ = self.private.release(changes, {}, number)
+        mechanism, clip = self.private.mechanism, self.private.mechanism.clip
+        fraction = clip.quantile - np.log(kept[CLIP].astype(np.float64) / clip.bound) / clip.rate
+        return np.asarray((fraction - 0.5) * mechanism.expected)
+
+
 def audited_path(spec: RunSpec, population: int) -> AuditedPath:
     """The path of a spec with client-level privacy. Raises PrivacyError for a cap that no noise can meet."""
     if recipe_of(spec).zeroth:
         return AuditedExchange(spec, population)
     kind = AuditedRun if spec.privacy.mechanism == "banded" else AuditedPath
     return kind(spec, population)
+
+
+def _changed(event: Event) -> int:
+    """How many changes differ between two neighbouring worlds."""
+    return 2 if event.relation == "replace-one" else 1
+
+
+def _bit_noise(event: Event, expected: float) -> float:
+    """The noise on the sum of an adaptive clip's bits, for what a whole release charges."""
+    return max(BIT_NOISE * expected, event.noise_multiplier * _changed(event))
 
 
 def _shared(spec: RunSpec) -> SharedAdapter:

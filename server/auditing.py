@@ -11,7 +11,9 @@ A path is the server's (`audited.py`: a release, or a whole run where noise is c
 | noise       | rounds without updates: all that is released is noise                | its variance is another one            |
 | sampling    | cohorts drawn as a run draws them                                    | sizes or nodes do not follow the event |
 | turns       | the same, where clients have turns instead of a draw                 | two turns of one are too close         |
-| secrecy     | the round again, and with the noise that the public seed gives       | the noise is correlated with either    |
+| secrecy     | the round again, and with what the public seed gives                 | noise or cohorts go with either        |
+
+Where the clip is adaptive, the bits that it follows are a release too (`audited.AuditedClip`), with tests of its own.
 
 A canary is a worst case: it sends many times the clip in a direction of its own. A right mechanism fails a test with
 probability `FALSE_ALARM` at most; the sensitivity test has no false alarms.
@@ -52,7 +54,10 @@ DRAWN_NODES, DRAWS, DRAWN = 1000, 2000, 10_000_000
 """Nodes of a Poisson draw and draws of a sampling test; fewer where there would be more nodes than DRAWN in all."""
 
 REPEATED = 20
-"""Releases that the secrecy test looks at."""
+"""Releases that the secrecy test looks at; and of so many nodes it guesses, at least, that they are drawn."""
+
+CLIPS = 2000
+"""Releases of an adaptive clip in the noise test, each of one number."""
 
 
 class Audited(Protocol):
@@ -127,6 +132,13 @@ def findings(path: Audited, trials: int) -> Iterator[Finding]:
     yield secrecy(path)
 
 
+def clip_findings(path: Audited) -> Iterator[Finding]:
+    """The tests of an adaptive clip. It is charged with the changes that it clips, so it has no μ and ε of its own."""
+    within, beyond = (np.full(path.size, factor * path.spec.privacy.clip, np.float32) for factor in (0.0, OVER))
+    for found in (sensitivity(path), noise(path, CLIPS, [within, beyond]), secrecy(path)):
+        yield replace(found, name=f"clip's {found.name}")
+
+
 def sensitivity(path: Audited) -> Finding:
     """The largest distance between the sums of two neighbouring worlds, with the same (simulated) noise in both."""
     path = path.again(noise="simulation")
@@ -192,12 +204,16 @@ def one_run(path: Audited, trials: Trials) -> Finding:
     return Finding("one run", quantity, epsilon, bound, bound > epsilon, detail)
 
 
-def noise(path: Audited, coordinates: int) -> Finding:
-    """The standard deviation of releases to which nobody, or somebody with nothing, contributes."""
+def noise(path: Audited, coordinates: int, nothing: Sequence[Flat] | None = None) -> Finding:
+    """The standard deviation of releases to which nobody, or somebody with `nothing`, contributes.
+
+    `nothing` are changes of which nothing is left in a release; by default, one of zeros.
+    """
     claimed, squares, count, number = path.noise_std, 0.0, 0, 0
-    nothing = np.zeros(path.size, np.float32)
+    if nothing is None:
+        nothing = [np.zeros(path.size, np.float32)]
     while count < coordinates:
-        released = path.release([nothing] if number % 2 else [], number)
+        released = path.release(nothing if number % 2 else [], number)
         squares, count, number = squares + float(released @ released), count + len(released), number + 1
     p_value = audit.variance_p_value(squares, count, claimed)
     detail = f"{count:,} released numbers, p = {p_value:.2g}"
@@ -246,22 +262,51 @@ def turns(path: Audited, event: MatrixEvent) -> Finding:
 
 
 def secrecy(path: Audited) -> Finding:
-    """The largest correlation of the noise with what somebody who has the spec, and its seed, can compute of it."""
+    """The correlation of what is secret with what somebody who has the spec, and its seed, can compute of it.
+
+    Secret is the noise, and who is drawn where the event counts on that. Reported is the one with the smallest p-value.
+    """
     guesses = {"made again": path.again(), "from the seed": path.again(noise="simulation")}
-    released = [path.release([], number) for number in range(REPEATED)]
+    released = np.concatenate([path.release([], number) for number in range(REPEATED)])
+    rate = _secret_rate(path.event)
     found = {}
     for name, guess in guesses.items():
         guessed = np.concatenate([guess.release([], number) for number in range(REPEATED)])
-        found[name] = audit.dependence_p_value(np.concatenate(released), guessed)
-    known = min(1.0, len(found) * min(p for _, p in found.values())) < FALSE_ALARM
-    worst = max(found, key=lambda name: abs(found[name][0]))
-    correlation, _ = found[worst]
-    detail = f"with the noise {worst}"
+        found[f"noise {name}"] = audit.dependence_p_value(released, guessed)
+        if rate is not None:
+            found[f"cohorts {name}"] = _overlap(path, guess, rate)
+    worst = min(found, key=lambda name: (found[name][1], -abs(found[name][0])))
+    correlation, p_value = found[worst]
+    known = len(found) * p_value < FALSE_ALARM
+    detail = f"with the {worst}"
     if known:
-        detail += ": whoever has the spec can subtract it" + ("" if path.event.secret else ", as the event says")
+        knows = "can subtract it" if worst.startswith("noise") else "knows who takes part, and nothing is amplified"
+        detail += f": whoever has the spec {knows}" + ("" if path.event.secret else ", as the event says")
     return Finding(
         "secrecy", "correlation", float(not path.event.secret), correlation, known and path.event.secret, detail
     )
+
+
+def _secret_rate(event: Event) -> float | None:
+    """How likely one is drawn; None where that is no secret: all are, or they have turns."""
+    match event:
+        case GaussianEvent(sampling=Poisson(rate)) if 0 < rate < 1:
+            return rate
+        case GaussianEvent(sampling=FixedSize(size, population)) if 0 < size < population:
+            return size / population
+    return None
+
+
+def _overlap(path: Audited, guess: Audited, rate: float) -> tuple[float, float]:
+    """The correlation of the cohorts with those of a guess, and its p-value if they have no relation."""
+    fixed = isinstance(path.event, GaussianEvent) and isinstance(path.event.sampling, FixedSize)
+    nodes = range(1, 1 + (path.population if fixed else min(path.population, DRAWN_NODES)))
+    draws = min(DRAWS, ceil(REPEATED * max(1.0, 1 / (rate * len(nodes)))))
+    common = guessed = 0
+    for number in range(draws):
+        own = set(guess.draw(nodes, number))
+        common, guessed = common + len(own.intersection(path.draw(nodes, number))), guessed + len(own)
+    return audit.overlap_p_value(common, guessed, rate)
 
 
 def _canaries(path: Audited) -> list[Flat]:
@@ -284,7 +329,8 @@ def _neighbours(path: Audited) -> Iterator[tuple[str, list[Flat], list[Flat]]]:
     """Pairs of worlds (decoded updates) that differ in one client, with a name: the worst that are known.
 
     A canary that outweighs everybody else turns the whole sum around; one in all coordinates is what a codec's rounding
-    makes longer; beside a crowd it changes a number of answers that must not matter.
+    makes longer; beside a crowd it changes a number of answers that must not matter. One with nothing is within every
+    clip: it comes alone, or in the place of a canary, and makes most of an adaptive clip's bits.
     """
     random = generator(derive(path.spec.run.seed, "audit", "directions"))
     length = OVER * path.spec.privacy.clip
@@ -303,5 +349,9 @@ def _neighbours(path: Audited) -> Iterator[tuple[str, list[Flat], list[Flat]]]:
             f"among {CROWD} others": [nothing] * CROWD,
         }
         for company, rest in others.items():
-            without = [-canary] if path.event.relation == "replace-one" else []
-            yield f"{shape}, {company}", [*rest, canary], [*rest, *without]
+            if path.event.relation == "replace-one":
+                yield f"{shape}, {company}", [*rest, canary], [*rest, -canary]
+                yield f"{shape} or nothing, {company}", [*rest, canary], [*rest, nothing]
+            else:
+                yield f"{shape}, {company}", [*rest, canary], [*rest]
+                yield f"nothing, {company}", [*rest, nothing], [*rest]

@@ -6,8 +6,10 @@ number for itself: they are for recipes in which all nodes hold the same factor 
 (`protocols/legality.py`). All but `mean`, `fisher` and the rules of model merging are there for bad nodes.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from ..kernels.lowrank import LowRank, Matrix
 from ..protocols.layout import Flat
 from ..protocols.spec import Recipe as Settings
 from .rounds import Contribution, Round
+
+logger = logging.getLogger(__name__)
 
 FLOOR = 1e-6
 """Of a tensor's mean information: what a value counts at least, as in the code of Matena & Raffel (arXiv 2111.09832).
@@ -26,17 +30,11 @@ the plain mean.
 
 
 def weighed(updates: Round, settings: Settings) -> Round:
-    """The round with the weights that a rule on distances gives; unchanged where the aggregator is none.
-
-    Krum is meant for `byzantine` of the nodes, and for as many as it can bear where they are fewer than 2f + 3.
-    """
-    count = len(updates.contributions)
+    """The round with the weights that a rule on distances gives; unchanged where the aggregator is none."""
     weights = [c.weight for c in updates.contributions]
-    hostile = max(0, min(int(settings.byzantine * count), (count - 3) // 2))
     match settings.aggregator:
-        case "krum" | "multi-krum" if count >= 3:
-            keep = 1 if settings.aggregator == "krum" else count - hostile
-            weights = robust.krum(_gram(updates), hostile, keep).tolist()
+        case "krum" | "multi-krum":
+            weights = _krum(updates, settings)
         case "geometric-median":
             weights = robust.geometric_median(_gram(updates), weights).tolist()
         case "clip":
@@ -45,6 +43,27 @@ def weighed(updates: Round, settings: Settings) -> Round:
             return updates
     pairs = zip(updates.contributions, weights, strict=True)
     return replace(updates, contributions=[replace(c, weight=weight) for c, weight in pairs])
+
+
+def _krum(updates: Round, settings: Settings) -> list[float]:
+    """Weights of Krum or Multi-Krum against f = ⌈byzantine·K⌉ of the K nodes; what nodes claim to weigh plays no part.
+
+    Where K < 2f + 3 it withstands fewer, ⌊(K − 3)/2⌋, and says so in the log. One or two updates cannot be told apart,
+    and count alike.
+    """
+    count = len(updates.contributions)
+    meant = ceil(settings.byzantine * count)
+    withstood = max(0, min(meant, (count - 3) // 2))
+    if count < 2 * meant + 3:
+        logger.warning(
+            'recipe.aggregator = "%s": %d updates withstand %d hostile nodes, and recipe.byzantine = %g of them means '
+            "%d, which needs %d updates",
+            *(settings.aggregator, count, withstood, settings.byzantine, meant, 2 * meant + 3),
+        )
+    if count < 3:
+        return [1 / count] * count
+    keep = 1 if settings.aggregator == "krum" else count - withstood
+    return [float(weight) for weight in robust.krum(_gram(updates), withstood, keep)]
 
 
 def souped(contributions: Sequence[Contribution], score: Callable[[Flat], float]) -> list[Contribution]:

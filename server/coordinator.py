@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..privacy.events import Event
+from ..privacy.ledger import Ledger
 from ..protocols.codecs import CODECS, uplink_of
 from ..protocols.errors import RunError, SpecError
 from ..protocols.layout import AdapterLayout, Flat
@@ -43,6 +44,8 @@ LARGEST_LOSS = 1e30
 
 Evaluate = Callable[[Flat], Mapping[str, float]]
 """A whole adapter (fp32, the layout's size) ⇒ metrics; injected, because the server does not load the model."""
+
+Part = Callable[[int, int], AdapterLayout]  # a round and a rank ⇒ what of the state travels
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,15 @@ class Coordinator:
         snapshot = self.store.snapshot(self.run, round_)
         return self.shared.whole(snapshot.state, snapshot.round + 1)
 
+    @property
+    def ledger(self) -> Ledger:
+        """What the run's releases have been charged here: nothing but for client-level privacy."""
+        return self.store.ledger(self.run)
+
     def farewells(self, nodes: Sequence[int]) -> list[Assignment]:
         """What hands the run's adapter to nodes: the best round's, else the last's."""
-        snapshot = self.store.snapshot(self.run, self.best_round())
-        return list(self._assigned(snapshot.round + 1, snapshot.state, self._ranks(nodes)[0]).values())
+        best = self.store.snapshot(self.run, self.best_round())
+        return list(self._assigned(best.round + 1, best.state, self._ranks(nodes)[0], self.shared.received).values())
 
     def best_round(self) -> int | None:
         """The round with the best evaluation (accuracy, else loss), the first of equals; None if none was made."""
@@ -132,7 +140,7 @@ class Coordinator:
         round_, snapshot = len(rows), self.store.snapshot(self.run)
         if isinstance(self.grid, Clocked):
             self.grid.begin(rows)
-        assignments = self._assigned(round_, snapshot.state, self._open(round_))
+        assignments = self._assigned(round_, snapshot.state, self._open(round_), self.shared.delivered)
         simulated = self.grid.expect(list(assignments.values())) if isinstance(self.grid, Clocked) else {}
         failures = self._collect(round_, assignments)
         updates = self.store.contributions(self.run, round_)
@@ -165,7 +173,9 @@ class Coordinator:
         return row
 
     def _require_enough(self, round_: int, asked: int, updates: int, failures: Sequence[Failure]) -> None:
-        least = min(max(1, self.spec.participation.minimum), asked)
+        """A private round is released whoever has failed, unless the spec says otherwise: that it was not would tell."""
+        minimum = self.spec.participation.minimum
+        least = min(minimum if self.private else max(1, minimum), asked)
         if updates >= least:
             return
         reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
@@ -178,7 +188,7 @@ class Coordinator:
 
     def _scored(self, round_: int, state: Flat) -> Row:
         """How the nodes that are here find the adapter on their own data."""
-        asked = self._assigned(round_ + 1, state, self._ranks(self.grid.nodes())[0])
+        asked = self._assigned(round_ + 1, state, self._ranks(self.grid.nodes())[0], self.shared.received)
         return evaluation_of(self.grid.evaluate(list(asked.values()), self.spec.participation.deadline_seconds))
 
     def _private(self) -> ClientLevel | BandedLevel | None:
@@ -259,13 +269,13 @@ class Coordinator:
         """The rank that an update was trained at."""
         return rank_of(self.spec, update.node) if update.rank is None else update.rank
 
-    def _assigned(self, round_: int, state: Flat, ranks: Mapping[int, int]) -> dict[int, Assignment]:
-        """A round's assignments by node: nodes of a smaller rank get the leading components alone."""
+    def _assigned(self, round_: int, state: Flat, ranks: Mapping[int, int], part: Part) -> dict[int, Assignment]:
+        """A round's assignments by node: of their `part`, nodes of a smaller rank get the leading components alone."""
         packed: dict[int, tuple[bytes, str]] = {}
         assignments = {}
         for node, rank in ranks.items():
             if rank not in packed:
-                own = self.shared.delivered(round_, rank)
+                own = part(round_, rank)
                 payload = self.down.encode(self.shared.received(round_).cut(state, own), own, key=round_)
                 packed[rank] = payload, version_of(own, self.down.decode(payload, own))
             payload, version = packed[rank]
@@ -379,8 +389,9 @@ def _describe(updates: Sequence[Update]) -> Row:
         "nodes": sum(update.kind == "delta" for update in updates),
         "empty": sum(update.kind == "empty" for update in updates),
     }
-    spent = [update.metrics["epsilon"] for update in updates if "epsilon" in update.metrics]
-    if spent:  # at the nodes: each example is in one of them, so the promise is that of the node with the largest
+    stated = [update.metrics["epsilon"] for update in updates if "epsilon" in update.metrics]
+    spent = [epsilon for epsilon in stated if 0 <= epsilon < math.inf]
+    if spent:  # at the nodes: each example is in one of them, so what counts is the node with the largest
         row |= {"epsilon": max(spent), "private": all(update.metrics.get("private") == 1.0 for update in updates)}
     if losses:
         low, high = np.percentile(losses, [10, 90])

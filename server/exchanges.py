@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -210,7 +210,8 @@ class ZerothCoordinator:
         number = self.replica.number + 1
         asked = self._asked(number)
         answers = self._collect(asked)
-        if asked.slots and not answers:
+        needed = self.private is None or self.spec.participation.minimum > 0  # else it would tell that all have failed
+        if asked.slots and not answers and needed:
             raise RunError(
                 f"exchange {number}: none of {len(asked.slots)} nodes answered within "
                 f"{self.spec.participation.deadline_seconds:g} s. Start the run again to go on with it."
@@ -221,7 +222,9 @@ class ZerothCoordinator:
             step = replace(step, proof=self.replica.after(step).proof)
         self.log.append(self.run, step, events)
         self.ledger = self.ledger.after(events)
-        self.period.epsilons = [(a.epsilon, a.private) for a in answers.values() if a.epsilon is not None]
+        self.period.epsilons = [
+            (a.epsilon, a.private) for a in answers.values() if a.epsilon is not None and 0 <= a.epsilon < inf
+        ]
         self._take(step)
 
     def _take(self, step: Step) -> None:

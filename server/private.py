@@ -8,6 +8,7 @@ crash it goes on, and is never drawn again. It is secret: with the releases it t
 server's store alone, which holds the contributions of an open round as well, and is forgotten with the last round.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ from ..protocols.keys import derive
 from ..protocols.layout import Flat
 from ..protocols.spec import RunSpec
 from .optimizers import Buffers
+
+logger = logging.getLogger(__name__)
 
 CLIP = "clip"
 """The buffer of an adaptive clip: its bound for the next round, fp32 (1,)."""
@@ -137,6 +140,13 @@ class BandedLevel:
 
 def client_level(spec: RunSpec, population: int, dimensions: int) -> ClientLevel | BandedLevel:
     """The client-level privacy that a spec asks for. Raises PrivacyError for a cap that no noise can meet."""
+    if spec.privacy.delta * population >= 1:
+        logger.warning(
+            "privacy.delta = %g is not below 1 / %d, one over the number of clients: publishing one of them outright "
+            "would keep that promise. Choose a smaller one.",
+            spec.privacy.delta,
+            population,
+        )
     kind = BandedLevel if spec.privacy.mechanism == "banded" else ClientLevel
     return kind(spec, population, dimensions)
 

@@ -19,8 +19,11 @@ def settle(shared: SharedAdapter, state: Flat, buffers: Buffers, number: int) ->
     return state, buffers
 
 
-def effective_rank(layout: AdapterLayout, adapter: Flat) -> float:
-    """The mean over modules of the effective rank of ΔW, frozen factors included (`LowRank.effective_rank`)."""
+def effective_rank(layout: AdapterLayout, adapter: Flat) -> float | None:
+    """The mean over modules of the effective rank of ΔW, frozen factors included (`LowRank.effective_rank`).
+
+    None where no tensors are a pair of factors: there nothing is measured.
+    """
     tensors = layout.split(adapter)
     ranks = []
     for pair in layout.pairs:
@@ -29,7 +32,7 @@ def effective_rank(layout: AdapterLayout, adapter: Flat) -> float:
             b = np.concatenate([b, tensors[pair.frozen[0]]], axis=1)
             a = np.concatenate([a, tensors[pair.frozen[1]]])
         ranks.append(LowRank(b, a).effective_rank())
-    return float(np.mean(ranks)) if ranks else 0.0
+    return float(np.mean(ranks)) if ranks else None
 
 
 def _refactor(received: AdapterLayout, layout: AdapterLayout, state: Flat, buffers: Buffers) -> tuple[Flat, Buffers]:

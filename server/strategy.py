@@ -24,7 +24,7 @@ from ..kernels.lowrank import Matrix, orthonormalize
 from ..protocols.errors import PayloadError, RunError, SpecError
 from ..protocols.layout import A_SUFFIX, B_SUFFIX, AdapterLayout, Flat, Role, TensorSpec
 from ..protocols.legality import initial_a, recipe_of
-from ..protocols.shared import SharedAdapter
+from ..protocols.shared import SharedAdapter, require_pairs
 from ..protocols.spec import RunSpec
 from .admission import MAX_VALUE, MAX_WEIGHT
 from .advance import advance
@@ -85,8 +85,8 @@ class RecipeStrategy(FedAvg):
     Every round is `server.advance.advance`, as under fedapt's own coordinator. A reply that does not fit what was sent
     (names, shapes, fp32, finite, a fixed tensor that has changed) is left out with a warning; a round without a usable
     one changes nothing. `A` starts orthonormal where the recipe wants it, with the same product. The train config says
-    in `trained-factors` what to train: "B", "A" or "AB". The averaged metrics also hold `aggregation_error` and
-    `effective_rank`.
+    in `trained-factors` what to train: "B", "A" or "AB". The averaged metrics also hold `aggregation_error`
+    (of the averaging, before the server's own step) and `effective_rank`; neither where there is no pair of factors.
     """
 
     def __init__(self, spec: RunSpec, **options: Any) -> None:
@@ -166,8 +166,9 @@ class RecipeStrategy(FedAvg):
         arrays = _record(after.tensors(server_round + 1))
         self._standing = replace(after, arrays=arrays)
         metrics = self.train_metrics_aggr_fn(_comparable([reply.metrics for reply in usable]), self.weighted_by_key)
-        metrics["aggregation_error"] = error
-        metrics["effective_rank"] = effective_rank(shared.layout, shared.whole(state, server_round + 1))
+        rank = effective_rank(shared.layout, shared.whole(state, server_round + 1))
+        if rank is not None:
+            metrics["aggregation_error"], metrics["effective_rank"] = error, rank
         return arrays, metrics
 
     def _usable(self, standing: _Standing, number: int, replies: Iterable[Message]) -> list[_Reply]:
@@ -209,12 +210,7 @@ def _begin(spec: RunSpec, arrays: ArrayRecord) -> _Standing:
     except PayloadError as error:
         raise SpecError(f"initial_arrays: {error}") from error
     layout = _layout(tensors)
-    if not layout.pairs and recipe.name != "fedit":
-        raise SpecError(
-            f"initial_arrays: no pair of plain LoRA factors among its {len(tensors)} tensors, and recipe "
-            f'"{recipe.name}" works on ΔW = B·A. Give it get_peft_model_state_dict(model) of a LoRA model. '
-            'Nearest legal: "fedit", the mean of what is trained.'
-        )
+    require_pairs(recipe, layout, "initial_arrays")
     if initial_a(spec) == "orthonormal":
         for pair in layout.pairs:
             if pair.rank > pair.a.shape[1]:

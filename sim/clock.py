@@ -119,7 +119,7 @@ class FleetGrid:
     def expect(self, assignments: Sequence[Assignment]) -> Row:
         asked = {assignment.node: assignment for assignment in assignments}
         settings, private = self.spec.participation, self.spec.privacy.unit == "client"
-        least = min(max(1, settings.minimum), len(asked))
+        least = min(settings.minimum if private else max(1, settings.minimum), len(asked))
         deadline = max(1, microseconds(settings.deadline_seconds))
         durations = {node: self._duration(assignment) for node, assignment in asked.items()}
 

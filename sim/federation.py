@@ -11,6 +11,7 @@ from ..client.adapted import AdaptedModel
 from ..client.client import Client, Sites
 from ..client.evaluation import score
 from ..client.models import load_model
+from ..client.private import require_whole_rows
 from ..client.sources import load_tables
 from ..client.tasks import Examples, Indices
 from ..protocols.errors import DataError, SpecError
@@ -68,6 +69,7 @@ def build(spec: RunSpec) -> Federation:
     evaluation = _drawn(adapted.task.encode(tables.evaluation), spec.data.evaluation_limit, spec.run.seed)
     if len(examples) == 0 or len(evaluation) == 0:
         raise DataError(f"{spec.data.source}: nothing is left to train or to evaluate on after encoding")
+    require_whole_rows(spec, examples)
     sites = Sites(examples, dict(enumerate(assign(examples, clients))))
     return Federation(Client(spec, adapted, sites), evaluation, clients.names)
 

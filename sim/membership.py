@@ -16,9 +16,11 @@ from ..privacy.audit import Values
 from ..privacy.membership import Coins, Membership, confidence, judged
 from ..protocols.errors import SpecError
 from ..protocols.keys import derive, generator
+from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from ..protocols.update import Assignment
 from ..server.coordinator import Coordinator
+from ..server.exchanges import ZerothCoordinator
 from ..server.store import MemoryStore
 from .federation import Federation
 from .grid import LocalGrid
@@ -92,7 +94,8 @@ def _shadow(
     left = np.concatenate([np.zeros(0, np.int64), *out])
     kept = {node: own[~np.isin(own, left)] for node, own in sites.indices.items()}
     client = federation.client.at(Sites(sites.examples, kept)).under(spec)
-    coordinator = Coordinator(spec, LocalGrid(client), MemoryStore())
+    kind = ZerothCoordinator if recipe_of(spec).zeroth else Coordinator
+    coordinator = kind(spec, LocalGrid(client), MemoryStore())
     for _ in coordinator.rounds():
         pass
     federation.adapted.write(coordinator.adapter())
@@ -103,12 +106,12 @@ def _shadow(
     return means, _spent(coordinator, client)
 
 
-def _spent(coordinator: Coordinator, client: Client) -> float | None:
+def _spent(coordinator: Coordinator | ZerothCoordinator, client: Client) -> float | None:
     """The ε of a run at the δ of the attack; under example-level privacy, of the node that has spent most."""
     spec, delta = coordinator.spec, _delta(coordinator.spec)
     match spec.privacy.unit:
         case "client":
-            return coordinator.store.ledger(spec.run.name).spent(delta).epsilon
+            return coordinator.ledger.spent(delta).epsilon
         case "example":
             asked = (Assignment(spec.run.name, 1, 1, node, "", b"") for node in client.nodes())
             return max(client.accounts.spent(own, delta).epsilon for own in asked)

@@ -24,8 +24,8 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedapt.client.accounts import Accounts
-from fedapt.client.flower import SiteAccounts, app
+from fedapt.client.accounts import Accounts, SiteAccounts
+from fedapt.client.flower import app
 from fedapt.client.loading import Loaded, load
 from fedapt.client.models import base_folder
 from fedapt.client.site import Site
@@ -167,13 +167,13 @@ def test_one_ledger_whatever_the_node_is_called(tmp_path: Path) -> None:
     charges = []
     for node in (NODE, 5):
         assert trained(folder, spec, node).kind == "delta"
-        assert [path.name for path in (folder / "accounts").iterdir() if path.suffix == ".sqlite"] == ["0.sqlite"]
+        assert [path.name for path in (folder / "accounts").iterdir() if path.suffix == ".sqlite"] == ["ledger.sqlite"]
         charges.append(spent(folder).epsilon)
     assert 0 < charges[0] < charges[1] < 4.0
 
 
 def spent(folder: Path) -> Account:
-    return SiteAccounts(folder / "accounts", 0).spent(Assignment("flower", 1, 1, 99, "", b""), 1e-5)
+    return SiteAccounts(folder / "accounts").spent(Assignment("flower", 1, 1, 99, "", b""), 1e-5)
 
 
 class Sites:

@@ -87,7 +87,9 @@ def test_a_node_refuses_what_would_pass_its_cap_and_the_others_go_on(folder: boo
     (asked,) = assignments_of(client, [50], state_of(client), 9)
     reason = refusal(refused, asked, None, client.shared.sent(9))  # type: ignore[arg-type]
     assert reason is not None
-    assert reason.startswith("the node refuses: one more release would bring epsilon")
+    assert reason.startswith(
+        "the node refuses: one more round would bring epsilon above 9 at delta = 1e-05: the run's cap"
+    )
     assert client.accounts.spent(asked, 1e-5).epsilon <= 9
 
 

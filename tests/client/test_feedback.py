@@ -122,6 +122,29 @@ def test_a_change_that_is_not_finite_leaves_the_residual_as_it_was() -> None:
     assert np.array_equal(feedback.corrected(asked(1, LATER), second, {}), before)
 
 
+def test_a_residual_that_is_not_finite_is_not_kept() -> None:
+    """Each value fits in fp32 and is sent as it is; a row of what is left, turned into another basis, does not."""
+    feedback, (first, _) = Feedback(LAYOUT), changes(2)
+    feedback.encode(asked(1, 1), first, {}, TOP_K, 0)
+    before = feedback.corrected(asked(1, LATER), first, {})
+    turn = np.linalg.qr(np.ones((3, 3)) + np.eye(3))[0].astype(np.float32)
+    payload = feedback.encode(asked(1, 2), np.full_like(first, 3e38), {"q": turn}, TOP_K, 0)
+    assert np.isfinite(TOP_K.decode(payload, LAYOUT)).all()
+    assert np.array_equal(feedback.corrected(asked(1, LATER), first, {}), before)
+
+
+def test_a_nan_of_a_gpu_is_refused_where_it_arrives_and_kept_nowhere() -> None:
+    feedback, codec = Feedback(LAYOUT), TopK(0.2, CODECS["bf16"])
+    first, second = changes(2)
+    feedback.encode(asked(1, 1), first, {}, codec, 0)
+    before = feedback.corrected(asked(1, LATER), first, {})
+    second.view(np.uint32)[3] = 0x7FFFFFFF
+    payload = feedback.encode(asked(1, 2), second, {}, codec, 0)
+    with pytest.raises(PayloadError, match="NaN"):
+        codec.decode(payload, LAYOUT)
+    assert np.array_equal(feedback.corrected(asked(1, LATER), first, {}), before)
+
+
 def test_a_round_that_is_asked_for_again_sends_the_same_bytes() -> None:
     feedback, (first, second) = Feedback(LAYOUT), changes(2)
     feedback.encode(asked(1, 1), first, {}, TOP_K, 0)

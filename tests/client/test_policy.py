@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedapt.client.accounts import Accounts
 from fedapt.client.client import Client
 from fedapt.client.evaluation import Scores
-from fedapt.client.policy import LEAST_CLIP, Policy
+from fedapt.client.policy import LEAST_CLIP, UNTOLD, Policy
 from fedapt.privacy.accounting import spent
 from fedapt.privacy.events import Event, Everyone, GaussianEvent, Poisson
 from fedapt.privacy.ledger import SiteLedger
@@ -30,6 +30,7 @@ from fedapt.server.store import MemoryStore
 from fedapt.sim.grid import LocalGrid
 
 from .clients import asked, assignments_of, client_of, sites_of, spec_of, state_of
+from .ledgers import broken
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "client.toml"
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -336,7 +337,7 @@ def test_noise_that_is_solved_for_is_held_to_the_same() -> None:
     with patch.object(Accounts, "charge", no_data):
         update = train(client.obeying(policy_of(least_noise=solved * 1.001)))
     assert update.kind == "refused"
-    assert "below the site's least_noise" in update.reason
+    assert f"below the site's least_noise = {solved * 1.001:g}" in update.reason
 
 
 @pytest.mark.parametrize("clauses", [{"units": ["example"]}, {"units": ["client"]}, {"least_noise": 1.0}])
@@ -441,6 +442,61 @@ def test_caps_are_of_a_node_over_its_runs(folder: bool, tmp_path: Path) -> None:
 
 
 # What the server sees.
+
+
+def refused(client: Client, caplog: pytest.LogCaptureFixture, run: str = "run") -> tuple[str, str]:
+    """What the server is told of a refusal, and what the site's log says."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "fedapt.client.policy"):
+        update = train(client, run=run)
+    assert update.kind == "refused"
+    (logged,) = caplog.messages
+    return update.reason, logged
+
+
+def test_a_refusal_tells_nothing_of_other_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """Two sites, of which one has spent more on runs of others, refuse in the same words; their logs have the numbers."""
+    found = []
+    for before in (1, 2):
+        client = private().keeping(Accounts())
+        for round_ in range(before):
+            assert train(client, round_ + 1, "other").kind == "delta"
+        found.append(refused(client.obeying(policy_of(most_epsilon=0.5)), caplog))
+    (told, one), (again, two) = found
+    assert told == again
+    assert "above 0.5 at delta = 1e-05: the site's most_epsilon, over all runs" in told
+    assert one != two
+    assert "would bring epsilon from" in one
+
+
+def test_a_refusal_names_the_cap_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    told, _ = refused(private().obeying(policy_of(most_epsilon_per_run=0.5, most_epsilon=99.0)), caplog)
+    assert "above 0.5 at delta = 1e-05: the run's cap" in told
+    assert "most_epsilon_per_run" in told
+    assert "99" not in told
+
+
+def test_a_refusal_tells_nothing_of_how_much_is_held(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise that is solved for depends on the number of examples."""
+    monkeypatch.setattr(
+        "fedapt.privacy.example_level._solved", lambda _epsilon, _delta, sampling, _steps: sampling.rate
+    )
+    solved = [one for one in PRIVATE if "noise_multiplier" not in one]
+    policy = policy_of(least_noise=50.0)
+    found = [refused(client_of(*solved, sizes={NODE: size}).obeying(policy), caplog) for size in (12, 40)]
+    assert found[0][0] == found[1][0]
+    assert "least_noise = 50" in found[0][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_a_refusal_tells_nothing_of_a_broken_ledger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train(private().keeping(Accounts(tmp_path))).kind == "delta"
+    broken(tmp_path / f"{NODE}.sqlite")
+    told, logged = refused(private().keeping(Accounts(tmp_path)), caplog)
+    assert told == UNTOLD
+    assert f"{tmp_path / str(NODE)}.sqlite: the ledger's row 2" in logged
 
 
 def test_the_servers_log_names_the_reason(caplog: pytest.LogCaptureFixture) -> None:

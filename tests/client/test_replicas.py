@@ -218,6 +218,22 @@ def test_the_steps_before_the_delay_are_of_the_nodes_own_tensors() -> None:
     assert changes[1] < 0.6 * changes[0]
 
 
+def test_an_adapter_is_loaded_as_it_is_whatever_the_nodes_know() -> None:
+    """What is handed over at the end is of the best round, and nodes know the fragments of later ones."""
+    client = diloco("local.epochs=1", "recipe.fragments=3")
+    federation = Federation(client, [10, 40])
+    for _ in range(3):
+        federation.step()
+    best = federation.state.copy()
+    for _ in range(3):
+        federation.step()
+    whole = client.shared.received(4)
+    asked = replace(federation.assignment(10), round=4, payload=CODECS["fp32"].encode(best, whole, 0))
+    client.load(asked)
+    assert np.array_equal(client.adapted.read(), client.shared.whole(best, 4))
+    assert not np.array_equal(best, federation.state)
+
+
 def test_more_fragments_than_modules_are_refused() -> None:
     with pytest.raises(SpecError, match=r"recipe.fragments = 99: the adapter has \d+ modules"):
         diloco("recipe.fragments=99")

@@ -2,18 +2,22 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fedapt.client.duties import Duties
 from fedapt.client.kept import Kept
+from fedapt.client.policy import RefusalError
 from fedapt.client.resident import Resident, read_spec
 from fedapt.client.site import Site
 from fedapt.client.status import Status, alone_in, is_paused, is_served, pause, read_status, resume
+from fedapt.privacy.accounting import spent
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
+from fedapt.protocols.codecs import CODECS
 from fedapt.protocols.errors import FedaptError, OutputError, PayloadError, PrivacyError, RunError, SpecError
 from fedapt.protocols.exchange import Answer, Exchange, terms_of
 from fedapt.protocols.outbox import Outbox
@@ -21,6 +25,7 @@ from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment
 from fedapt.server.export import save_adapter
 
+from .ledgers import FULL
 from .residents import make_site, spec_of
 
 SITE = 7
@@ -39,7 +44,6 @@ def asked_for(kind: pb.Kind, spec: RunSpec, payload: bytes = b"", round_: int = 
 
 def first_payload(resident: Resident, spec: RunSpec, rank: int = 2) -> bytes:
     _, described = resident.work(*asked_for(pb.DESCRIBE, spec))
-    from fedapt.protocols.codecs import CODECS
     from fedapt.protocols.legality import recipe_of
     from fedapt.protocols.shared import SharedAdapter
 
@@ -87,6 +91,75 @@ def test_private_rounds_are_charged_before_they_train_and_again(tmp_path: Path) 
     assert not resident.halfway.path.exists()
     with pytest.raises(PrivacyError, match="only"):
         resident.work(*asked_for(pb.EVALUATE, spec, payload))
+
+
+def test_a_site_has_one_cap_whatever_its_id(tmp_path: Path) -> None:
+    """New keys in the same folder are another node, and the same data."""
+    first, cap = resident_of(tmp_path), spent([FULL], 1e-5).epsilon * 1.01
+    charge = partial(Assignment, round=1, attempt=1, version="", payload=b"")
+    first.accounts.charge(charge(run="a", node=SITE), FULL, 1e-5, per_run=cap, in_all=cap)
+    again = Resident(first.site, SITE + 1, first.folder, save=save_adapter, status=first.status)
+    with pytest.raises(PrivacyError, match="over all runs"):
+        again.accounts.charge(charge(run="b", node=SITE + 1), FULL, 1e-5, per_run=cap, in_all=cap)
+    again.accounts.charge(charge(run="b", node=SITE + 1), FULL, 1e-5, per_run=cap, in_all=2 * cap)  # the control
+    assert [path.name for path in (first.folder / "accounts").glob("*.sqlite")] == ["ledger.sqlite"]
+
+
+def test_what_a_refusal_does_not_tell_stands_in_the_sites_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def charge(*_: object, **__: object) -> None:
+        raise RefusalError("from 2.7 to 3.1", told="above 3")
+
+    resident = resident_of(tmp_path)
+    noise = ("privacy.unit=example", "privacy.epsilon=3", "privacy.noise_multiplier=2")
+    spec = spec_of(*noise, "recipe.name=ffa", "recipe.weighting=uniform")
+    payload = first_payload(resident, spec)
+    monkeypatch.setattr("fedapt.client.accounts.Accounts.charge", charge)
+    result, _ = resident.work(*asked_for(pb.TRAIN, spec, payload))
+    assert (result.kind, result.reason) == ("refused", "above 3")
+    (row,) = read_status(resident.folder)["rounds"]
+    assert (row["kind"], row["reason"]) == ("refused", "from 2.7 to 3.1")
+
+
+KEEPING = {
+    "top-k": ["wire.codec=top-k", "wire.density=0.1"],
+    "diloco": ["recipe.name=diloco", "recipe.fragments=2"],
+}
+"""What a node keeps of a round is used in the next."""
+
+
+def rounds_of(resident: Resident, spec: RunSpec, numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    """Kind and payload of rounds in which the federation stays where it started."""
+    for round_ in numbers:
+        shared = resident._client(spec).client.shared
+        own = shared.delivered(round_)
+        payload = CODECS["fp32"].encode(shared.received(round_).cut(shared.initial_state(), own), own, 0)
+        result, update = resident.work(*asked_for(pb.TRAIN, spec, payload, round_))
+        yield result.kind, update
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_runs_that_alternate_and_a_new_process_change_no_round(tmp_path: Path, keeping: str) -> None:
+    """And none of the run is left once its adapter is adopted, while the other run's stays."""
+    one, two = (spec_of("local.steps=1", *KEEPING[keeping], f"run.name={name}") for name in ("one", "two"))
+    (tmp_path / "alone").mkdir()
+    expected = list(rounds_of(resident_of(tmp_path / "alone"), one, [1, 2, 3]))
+    found: list[tuple[str, bytes]] = []
+    resident = resident_of(tmp_path)
+    for number in (1, 2, 3):
+        found += rounds_of(resident, one, [number])
+        assert next(rounds_of(resident, two, [number]))[0] == "delta"
+        resident = resident_of(tmp_path)
+    assert found == expected
+    assert [kind for kind, _ in found] == ["delta"] * 3
+    forgetful = list(rounds_of(resident, one.set("run.name=three"), [3]))
+    assert forgetful != expected[2:], "the control: what was kept matters"
+
+    shared = resident._client(one).client.shared
+    whole = CODECS["fp32"].encode(shared.initial_state(), shared.received(4), 0)
+    resident.work(*asked_for(pb.ADOPT, one, whole, 4))
+    assert {run for run, _, _ in resident.shelf[SITE]} - {"three"} == {"two"}
 
 
 def test_refusals(tmp_path: Path) -> None:

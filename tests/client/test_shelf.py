@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedapt.client.shelf import Shelf, Tensors
+from fedapt.client.shelf import MOST_RUNS, Shelf, Tensors
 from fedapt.protocols.errors import OutputError
 from fedapt.protocols.update import Assignment
 
@@ -61,7 +61,36 @@ def test_another_run_has_a_past_of_its_own() -> None:
     assert read(shelf, 5, 2, "another") is None
     shelf.put(asked(5, 1, "another"), value(2))
     assert read(shelf, 5, 2, "another") == (1, 2)
-    assert read(shelf, 5, 2) is None
+    assert read(shelf, 5, 2) == (1, 1), "runs that alternate keep what is theirs"
+
+
+def test_a_run_that_has_ended_or_begins_anew_as_another_is_forgotten() -> None:
+    shelf = Shelf()
+    for run in ("one", "two"):
+        shelf.begin(run, "as it was")
+        shelf.put(asked(5, 1, run), value(1))
+        shelf.begin(run, "as it was")
+    shelf.begin("one", "another seed")
+    assert read(shelf, 5, 2, "one") is None
+    assert read(shelf, 5, 2, "two") == (1, 1)
+    shelf.put(asked(5, 1, "one"), value(2))
+    shelf.begin("one", "another seed")
+    assert read(shelf, 5, 2, "one") == (1, 2)
+    shelf.drop("two")
+    assert read(shelf, 5, 2, "two") is None
+    assert read(shelf, 5, 2, "one") == (1, 2)
+
+
+def test_names_without_end_do_not_fill_the_disk() -> None:
+    """The runs that were gone on with last are kept, not those whose first round was last."""
+    shelf = Shelf()
+    for number in range(2 * MOST_RUNS):
+        for run in ("old", f"run {number}"):
+            shelf.begin(run, "")
+            shelf.put(asked(5, 1, run), value(number))
+    assert len(shelf[5]) == MOST_RUNS
+    assert read(shelf, 5, 2, "old") == (1, 2 * MOST_RUNS - 1)
+    assert read(shelf, 5, 2, "run 0") is None
 
 
 def test_tensors_come_back_as_they_were() -> None:
@@ -108,7 +137,7 @@ def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / "nodes.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(OutputError, match=r"nodes\.sqlite: cannot hold what nodes keep"):
         Shelf(tmp_path / "nodes.sqlite")
-    with pytest.raises(OutputError, match="name another --out"):
+    with pytest.raises(OutputError, match="take another folder"):
         Shelf(tmp_path / "no folder" / "nodes.sqlite")
 
 

@@ -8,11 +8,13 @@ import torch
 
 from fedapt.client.client import Client
 from fedapt.client.exchanger import Probe
+from fedapt.client.policy import UNTOLD, RefusalError
 from fedapt.client.slopes import ClientProber, exchanger_of
 from fedapt.client.tasks import member_losses
 from fedapt.client.zeroth import Ask, Probing
 from fedapt.kernels.cohort import Batched, Looped
 from fedapt.kernels.directions import Directions, signs_reference
+from fedapt.protocols.errors import PrivacyError
 from fedapt.protocols.exchange import Exchange, terms_of
 
 from .clients import client_of
@@ -168,7 +170,7 @@ def test_a_private_site_keeps_an_account_and_stops_at_its_cap() -> None:
     kinds = [bool(answer.refusal) for answer in answers]
     assert kinds == sorted(kinds)
     assert 0 < sum(kinds) < len(kinds)
-    assert "would bring epsilon" in answers[-1].refusal
+    assert "would bring epsilon above 8 at" in answers[-1].refusal
     told = [answer.epsilon for answer in answers if answer.epsilon is not None]
     assert told == sorted(told)
     assert 0 < told[0] <= told[-1] <= 8
@@ -198,3 +200,19 @@ def test_an_exchanger_refuses_what_makes_no_sense() -> None:
     )
     assert [answer.kind for answer in answers] == ["refused", "refused", "lost", "lost", "codes", "codes"]
     assert len(answers[-1].codes) == terms_of(zeroth_client().spec).code.size(16)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(RefusalError("from 2.7 to 3.1", told="above 3"), "above 3"), (PrivacyError("12 rows"), UNTOLD)]
+)
+def test_a_refused_exchange_tells_nothing_of_what_was_spent(
+    error: PrivacyError, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def charge(*_: object, **__: object) -> None:
+        raise error
+
+    client = zeroth_client(*PRIVATE, "privacy.noise_multiplier=2")
+    monkeypatch.setattr(client.accounts, "charge", charge)
+    (answer,) = ClientProber(client)(client.start, [probe(40)])
+    assert answer.refusal == told
+    assert str(error) in caplog.text

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import fedapt
@@ -15,11 +15,26 @@ from fedapt.protocols.errors import DataError, ModelError, SpecError
 TEXTS = [["def f(x):\n    return x + 1", "import os"], ["class A:\n    pass", "for i in range(3):"], []]
 
 
-def language_model() -> tuple[Any, Any]:
+def language_model(config: PeftConfig | None = None) -> tuple[Any, Any]:
     folder = base_folder("builtin:byte-llama")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    config = config or LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     return get_peft_model(base, config), AutoTokenizer.from_pretrained(folder)
+
+
+def one_round(config: PeftConfig, recipe: str = "fedit", **sections: Any) -> fedapt.Result:
+    model, tokenizer = language_model(config)
+    return fedapt.simulate(
+        model=model, clients=[[tokenizer("x = 1")]], recipe=recipe, rounds=1, steps=1, sections=sections
+    )
+
+
+def lora_config(**options: Any) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **options)
+
+
+def ia3_config() -> IA3Config:
+    return IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
 
 
 @pytest.mark.parametrize("recipe", ["fedsvd", "fedit"])
@@ -66,6 +81,56 @@ def test_wrong_objects_are_named() -> None:
         fedapt.simulate(model=model, clients=[[tokenizer("x = 1")]], recipe="fedsdv")
     with pytest.raises(SpecError, match="wire"):
         fedapt.simulate(model=model, clients=[[tokenizer("x = 1")]], sections={"wrie": {}})
+
+
+def test_a_recipe_on_factors_needs_a_model_that_has_them() -> None:
+    with pytest.raises(SpecError, match=r'adapter\.method = "ia3".*Nearest legal: "fedit"'):
+        one_round(ia3_config(), "fedsvd")
+    model, tokenizer = language_model()
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(SpecError, match=r"^model: .*lora_B\.weight of shape \(\d+, 2\) is in no pair.*both trainable"):
+        fedapt.simulate(model=model, clients=[[tokenizer("x = 1")]], recipe="flexlora", rounds=1)
+
+
+def test_without_factors_no_rank_is_reported() -> None:
+    result = one_round(ia3_config())
+    assert result.spec.adapter.method == "ia3"
+    assert result.metrics[1]["effective_rank"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "rank", "alpha"),
+    [
+        (lora_config(r=2, lora_alpha=6), "lora", 2, 6.0),
+        (lora_config(r=2, lora_alpha=6, rank_pattern={"q_proj": 3}), "lora", 3, 6.0),
+        (lora_config(r=3, use_dora=True), "dora", 3, 8.0),
+    ],
+)
+def test_the_adapter_is_the_models_own(config: PeftConfig, method: str, rank: int, alpha: float) -> None:
+    adapter = one_round(config).spec.adapter
+    assert (adapter.method, adapter.rank, adapter.alpha) == (method, rank, alpha)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"rank": 4}, r"adapter\.rank = 4: the model that you pass has 2\."),
+        ({"rank": 2, "alpha": 16.0}, r"adapter\.alpha = 16\.0: the model that you pass has 6\."),
+        ({"method": "dora"}, r"adapter\.method = 'dora': the model that you pass has 'lora'\."),
+        ({"ranks": [1, 4]}, "rank = 2 is not the largest of ranks"),
+    ],
+)
+def test_an_adapter_that_the_model_does_not_have(stated: dict[str, Any], message: str) -> None:
+    config = lora_config(r=2, lora_alpha=6)
+    with pytest.raises(SpecError, match=message):
+        one_round(config, "flexlora", adapter=stated)
+
+
+def test_what_is_stated_may_be_what_the_model_has() -> None:
+    stated = {"method": "lora", "rank": 2, "alpha": 6, "ranks": [1, 2]}
+    assert one_round(lora_config(r=2, lora_alpha=6), "flexlora", adapter=stated).spec.adapter.ranks == (1, 2)
 
 
 def test_public_names() -> None:

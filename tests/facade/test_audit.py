@@ -1,11 +1,17 @@
 """`fedapt audit`: a table and an exit code."""
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedapt.privacy import mechanism
+from fedapt.privacy.mechanism import Mechanism
+from fedapt.privacy.randomness import Randomness
+from fedapt.server.exchanges import ZerothCoordinator
+from fedapt.server.store import Row
 
 from .running import in_process
 
@@ -139,6 +145,53 @@ def test_private_training_at_a_node(capsys: pytest.CaptureFixture[str], spec: Pa
     assert code == 0
     assert "Example-level privacy of ffa, noise multiplier 2" in out
     assert "Nothing contradicts the claim" in out
+
+
+def test_a_node_with_large_batches(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    spec.write_text(EXAMPLE)
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000, "--set", "local.batch_size=64")
+    assert code == 0
+    assert "draws from 1,000 nodes" in out
+
+
+def test_an_adaptive_clip_has_tests_of_its_own(
+    capsys: pytest.CaptureFixture[str], spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_the_survivors(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+        return replace(self, clip=self.clip.after(sum(within) / max(1, len(within))))
+
+    monkeypatch.setattr(Mechanism, "_adapted", of_the_survivors)
+    code, out, _ = in_process(capsys, "audit", spec, "--trials", 1000, "--set", "privacy.clipping=adaptive")
+    assert code == 1
+    assert "CONTRADICTED by clip's sensitivity, clip's noise, clip's secrecy" in out
+
+
+@pytest.mark.slow
+def test_zeroth_order_runs_are_attacked_as_such(
+    capsys: pytest.CaptureFixture[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mechanism of a node's slopes has no tests, so the attack is all: of exchanges, each charged at the nodes."""
+    exchanges = []
+    honest = ZerothCoordinator.rounds
+
+    def rounds(self: ZerothCoordinator) -> Iterator[Row]:
+        exchanges.append(self.run)
+        return honest(self)
+
+    monkeypatch.setattr(ZerothCoordinator, "rounds", rounds)
+    text = tiny.read_text().replace('"fedsvd"', '"dpzo"\nweighting = "uniform"').replace("steps = 1\n", "")
+    text = text.replace('[wire]\ncodec = "int8"\n', "").replace("limit = 12\n", 'evaluation = "texts.jsonl"\n')
+    text = text.replace('"builtin:stdlib"', '"texts.jsonl"') + 'kind = "iid"\n'
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(40)]
+    (tiny.parent / "texts.jsonl").write_text("\n".join(lines))
+    text += '[privacy]\nunit = "example"\nepsilon = 1000\nnoise_multiplier = 5.0\ndelta = 1e-3\n'
+    tiny.write_text(text)
+    code, out, errors = in_process(capsys, "audit", tiny, "--membership", 4, "--set", "zeroth.directions=2")
+    assert code == 0, errors
+    assert exchanges == ["tiny"] * 4
+    assert "told from the adapters of 4 runs (LiRA)" in out
+    assert "; claimed " in out
+    assert "The mechanism was not tested" in out
 
 
 def test_noise_that_is_correlated_over_rounds(capsys: pytest.CaptureFixture[str], spec: Path) -> None:

@@ -1,14 +1,20 @@
 """`fedapt client`: what it prints, what it refuses with exit code 2, and a site that joins over TLS."""
 
 import json
+import sqlite3
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fedapt.client.accounts import Accounts, SiteAccounts
 from fedapt.client.enrolment import SiteKeys
 from fedapt.client.status import Status, alone_in
+from fedapt.privacy.events import Everyone, GaussianEvent
+from fedapt.protocols.errors import RunError
+from fedapt.protocols.update import Assignment
 from fedapt.server.authority import Authority
 
 from .running import in_process
@@ -157,6 +163,56 @@ def test_status_pause_and_resume(site: Path, capsys: pytest.CaptureFixture[str])
         assert text.startswith("running; 127.0.0.1:1: connected since")
         assert "tiny round 1: delta, loss 2.5" in text
     assert not status()["connected"]
+
+
+def charge(folder: Path, node: int, accounts: Accounts | None = None) -> None:
+    event = GaussianEvent(
+        unit="example", relation="add-remove", noise_std=2.0, sensitivity=1.0, secret=True, sampling=Everyone(), count=1
+    )
+    asked = Assignment("run", 1, 1, node, "", b"")
+    (accounts or SiteAccounts(folder / "accounts")).charge(asked, event, 1e-5, per_run=99.0, in_all=99.0)
+
+
+def test_status_shows_the_sites_one_ledger(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A site that has a new key goes on with what it has spent."""
+    found = []
+    for node in (7, 8):
+        charge(site, node)
+        facts = json.loads(in_process(capsys, "client", "status", "--folder", site, "--json")[1])
+        found.append(facts["spent"]["epsilon"])
+    assert 0 < found[0] < found[1]
+
+
+def test_a_site_whose_ledger_is_broken_does_not_connect(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse round after round, and its operator would not know why."""
+
+    def connect(*_: object) -> None:
+        raise RunError("it connects")
+
+    monkeypatch.setattr("fedapt.client.serving.channel_of", connect)
+    ledger = site / "accounts" / "ledger.sqlite"
+
+    def said() -> str:
+        code, _, err = in_process(capsys, "client", "start", "--folder", site)
+        assert code == 2
+        return err
+
+    assert "it connects" in said()  # the control
+    charge(site, 7)
+    assert "it connects" in said()
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        connection.execute("UPDATE ledger_head SET count = 5")
+    assert f"{ledger}: the ledger's row 2 is not as it was written" in said()
+    for file in ledger.parent.iterdir():  # the log too
+        file.unlink()
+    ledger.write_bytes(b"no database" * 1000)
+    assert f"{ledger}: cannot be used as a ledger" in said()
+    ledger.unlink()
+    for node in (7, 8):
+        charge(site, node, Accounts(site / "accounts"))
+    assert "holds 2 ledgers (7.sqlite, 8.sqlite)" in said()
 
 
 def certified(folder: Path, ago: timedelta) -> None:

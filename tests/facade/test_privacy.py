@@ -1,13 +1,16 @@
 """Privacy as a user meets it: the plan says what it will cost, report and folder say what was promised."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from fedapt.forecast import forecast
-from fedapt.promise import promise
+from fedapt.privacy.ledger import Ledger
+from fedapt.promise import Promise, promise
 from fedapt.protocols.spec import RunSpec
+from fedapt.server.store import Row, SqliteStore
 from fedapt.simulation import run
 
 CLIENT = (
@@ -39,14 +42,30 @@ def test_the_plan_foretells_what_the_run_then_spends(tiny: Path, unit: tuple[str
 
 
 def test_a_run_says_what_it_promises(tiny: Path, tmp_path: Path) -> None:
-    spec = spec_of(tiny, *CLIENT)
+    spec = spec_of(tiny, *CLIENT, "run.rounds=3", "run.evaluate_every=2")  # rows state no ε of the last round
     result = run(spec, tmp_path / "out")
     assert "client-level, ε = " in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     told = json.loads((tmp_path / "out/adapter/privacy.json").read_text(encoding="utf-8"))
     assert told == result.privacy.as_dict()
     assert told["private"]
     assert 0 < told["epsilon"] <= 6
-    assert promise(spec, result.metrics) == result.privacy
+    store = SqliteStore(tmp_path / "out/run.sqlite")
+    assert told["epsilon"] == store.ledger(spec.run.name).spent(spec.privacy.delta).epsilon
+    store.close()
+
+
+@pytest.mark.parametrize("stated", [[8.9, 3.0], [math.nan], []])
+def test_the_promise_for_examples_is_the_cap_whatever_nodes_state(stated: list[float]) -> None:
+    raw = {"model": {"base": "m", "task": "causal-lm"}, "recipe": {"name": "ffa", "weighting": "uniform"}}
+    spec = RunSpec.check(raw).set("privacy.unit=example", "privacy.epsilon=9", "local.steps=1")
+    rows: list[Row] = [
+        {"round": 0},
+        *({"round": 1 + i, "epsilon": e, "private": True} for i, e in enumerate(stated)),
+        {"round": 9},
+    ]
+    assert promise(spec, rows, Ledger({})) == Promise("example", 9.0, 1e-5, True)
+    assert promise(spec, rows[:1], Ledger({})) == Promise("example")
+    assert not promise(spec, [*rows, {"round": 10, "epsilon": 1.0, "private": False}], Ledger({})).private
 
 
 def test_a_run_without_privacy_promises_nothing(tiny: Path, tmp_path: Path) -> None:

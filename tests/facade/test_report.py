@@ -121,6 +121,15 @@ def test_section_without_data_is_left_out(gone: set[str], changed: Report) -> No
     assert set(Page(changed.html()).ids) & ALL == ALL - gone
 
 
+def test_an_error_and_a_rank_that_were_not_measured_are_dashes() -> None:
+    measured = {"aggregation_error": 0.25, "effective_rank": 3.5}
+    rows: list[Row] = [{"round": 1, **measured}, {"round": 2, **dict.fromkeys(measured)}]
+    text = report(Curve("a", rows)).html()
+    assert "<td>2</td><td>–</td><td>–</td>" in text
+    assert "Effective rank" in text
+    assert "Effective rank" not in report(Curve("a", rows[1:])).html()
+
+
 def test_metric_chart_needs_more_than_a_loss() -> None:
     rows: list[Row] = [{"round": 0, "evaluation": {"loss": 2.0}}, {"round": 1, "evaluation": {"loss": 1.0}}]
     page = Page(report(Curve("a", rows)).html())

@@ -18,6 +18,7 @@ from fedapt.privacy.audit import (
     mu_lower_bound,
     one_run_bound,
     one_run_p_value,
+    overlap_p_value,
     right_guesses,
     sizes_p_value,
     variance_p_value,
@@ -183,3 +184,14 @@ def test_dependence() -> None:
     assert dependence_p_value(noise, noise)[1] == 0
     assert dependence_p_value(noise, -0.1 * noise + other)[1] < ALARM
     assert dependence_p_value(np.zeros(5), other[:5]) == (1.0, 0.0)
+
+
+def test_overlap() -> None:
+    own, other = np.random.default_rng(0).random((2, 10_000)) < 0.1
+    guessed = int(other.sum())
+    correlation, p_value = overlap_p_value(int((own & other).sum()), guessed, 0.1)
+    assert abs(correlation) < 0.05
+    assert p_value > ALARM
+    assert overlap_p_value(guessed, guessed, 0.1) == pytest.approx((1, 0), abs=1e-300)
+    assert overlap_p_value(0, guessed, 0.1)[1] < ALARM, "cohorts that keep away from the guess follow from it too"
+    assert overlap_p_value(0, 0, 0.1) == (0.0, 1.0)

@@ -134,6 +134,16 @@ def test_an_adaptive_clip_that_cannot_be(arguments: tuple[float, ...], message: 
         AdaptiveClip(*arguments)
 
 
+@pytest.mark.parametrize("fraction", [1.0, -1e9, 1e9])
+def test_a_clip_that_adapts_stays_one_whatever_the_updates_are(fraction: float) -> None:
+    state = AdaptiveClip(1.0)
+    for _ in range(1000):
+        state = state.after(fraction)
+    assert 2.0**-100 <= state.bound <= 2.0**60
+    assert float(np.float32(state.bound)) == state.bound
+    clip(np.zeros(3, np.float32), state.bound)
+
+
 def test_a_fraction_that_is_not_a_number() -> None:
     with pytest.raises(PrivacyError, match="clip is nan"):
         AdaptiveClip(1.0).after(float("nan"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -88,6 +88,18 @@ def test_bf16_ties_go_to_even() -> None:
     flat = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20], np.float32)
     decoded = Bf16().decode(Bf16().encode(flat, layout_of(4), 0), layout_of(4))
     assert decoded.tolist() == [1, 1 + 2**-6, -1, 1 + 2**-7]
+
+
+@given(mantissa=st.integers(1, 2**23 - 1), negative=st.booleans())
+@example(mantissa=2**23 - 1, negative=False)  # what GPUs write: rounded as a number, it would be -0
+@example(mantissa=2**23 - 1, negative=True)  # and this one 0
+@example(mantissa=1, negative=False)  # and this one infinity
+def test_bf16_keeps_every_nan(mantissa: int, negative: bool) -> None:
+    flat = np.array([0x7F800000 | mantissa | negative << 31], np.uint32).view(np.float32)
+    payload = Bf16().encode(flat, layout_of(1), 0)
+    assert payload == b"\xc0\x7f"
+    with pytest.raises(PayloadError, match="NaN or infinity"):
+        Bf16().decode(payload, layout_of(1))
 
 
 @given(coded(), st.integers(0, 2**64))

@@ -3,7 +3,7 @@
 import pytest
 
 from fedapt.protocols.errors import SpecError
-from fedapt.protocols.legality import ON_ENTRIES, illegal, initial_a, rank_of, recipe_of
+from fedapt.protocols.legality import ON_ENTRIES, WEIGHED, illegal, initial_a, rank_for, rank_of, recipe_of
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.recipes import Recipe
 from fedapt.protocols.spec import RunSpec
@@ -17,8 +17,9 @@ REMOVED = "(the key is removed)"
 
 
 def spec_of(recipe: str, *overrides: str) -> RunSpec:
+    """With weights that no node states, which every aggregator may have."""
     spec = RunSpec.parse('[model]\nbase = "m"\ntask = "causal-lm"')
-    return spec.set(f"recipe.name={recipe}", *overrides)
+    return spec.set(f"recipe.name={recipe}", "recipe.weighting=uniform", *overrides)
 
 
 def refusals(recipe: str, key: str, refused: dict[str, str]) -> list[tuple[str, str, str, str]]:
@@ -53,12 +54,12 @@ ILLEGAL = [
     ("refresh", "adapter.start", "warm", "recipe.name=ffa"),
     ("fedex", "adapter.start", "warm", "recipe.name=flexlora"),
     *(
-        (name, "recipe.aggregator", rule, "recipe.aggregator=geometric-median")
+        (name, "recipe.aggregator", rule, f"recipe.aggregator={'geometric-median' if rule in WEIGHED else 'mean'}")
         for name in BOTH_FACTORS
         if name != "hetlora"
         for rule in ON_ENTRIES
     ),
-    *((name, "recipe.aggregator", "greedy-soup", "recipe.aggregator=geometric-median") for name in REPLACED[:-1]),
+    *((name, "recipe.aggregator", "greedy-soup", "recipe.aggregator=mean") for name in REPLACED[:-1]),
     *((name, "recipe.aggregator", "clip", "recipe.aggregator=geometric-median") for name in REPLACED[:-1]),
     *(
         ("hetlora", "recipe.aggregator", rule, "recipe.aggregator=mean")
@@ -156,10 +157,26 @@ def test_a_unit_is_for_recipes_whose_aggregate_is_a_linear_sum(recipe: Recipe, u
     ("recipe", "overrides", "way_out"),
     [
         ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=median"], "recipe.aggregator=geometric-median"),
-        ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
-        ("ffa", ["wire.codec=top-k", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
-        ("ffa", ["wire.codec=seed-projection", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
-        ("diloco", ["adapter.method=ia3", "recipe.aggregator=fisher"], "recipe.aggregator=geometric-median"),
+        ("fedsvd", ["adapter.ranks=[2, 8]", "recipe.aggregator=fisher"], "recipe.aggregator=mean"),
+        *(
+            ("ffa", [f"wire.codec={codec}", f"recipe.aggregator={rule}"], "wire.codec=fp4")
+            for codec in ("top-k", "seed-projection")
+            for rule in ON_ENTRIES
+        ),
+        *(
+            ("fedsvd", ["wire.codec=top-k", f"recipe.aggregator={rule}"], "wire.codec=fp4")
+            for rule in ("krum", "multi-krum", "greedy-soup")
+        ),
+        (
+            "fedsvd",
+            ["wire.codec=top-k", "participation.sampling=fixed", "participation.spare=0.5"],
+            "wire.codec=fp4",
+        ),
+        *(
+            ("ffa", ["recipe.weighting=examples", f"recipe.aggregator={rule}"], "recipe.weighting=uniform")
+            for rule in WEIGHED
+        ),
+        ("diloco", ["adapter.method=ia3", "recipe.aggregator=fisher"], "recipe.aggregator=mean"),
         ("fedsvd", ["adapter.ranks=[2, 8]", "wire.codec=top-k"], "wire.codec=fp4"),
         ("flexlora", ["adapter.ranks=[2, 8]", "adapter.start=warm"], "adapter.ranks=[]"),
         ("fedit", ["adapter.ranks=[2, 8]", "adapter.method=dora"], "adapter.ranks=[]"),
@@ -172,6 +189,18 @@ def test_two_legal_choices_that_do_not_go_together(recipe: str, overrides: list[
     with pytest.raises(SpecError, match=r"^[^\n]+Nearest legal: [^\n]+$"):
         recipe_of(spec_of(recipe, *overrides))
     assert recipe_of(spec_of(recipe, *overrides, way_out)).name == recipe
+
+
+@pytest.mark.parametrize("rule", ["mean", "krum", "multi-krum", "greedy-soup", "ties", "breadcrumbs", "pcb", "fisher"])
+def test_a_node_may_state_its_weight_where_it_plays_no_part_or_nobody_is_taken_to_be_bad(rule: str) -> None:
+    assert recipe_of(spec_of("ffa", "recipe.weighting=examples", f"recipe.aggregator={rule}")).name == "ffa"
+
+
+@pytest.mark.parametrize("rule", ["mean", "clip", "geometric-median"])
+def test_what_top_k_may_stand_beside(rule: str) -> None:
+    """Aggregators that leave no update out, and a fixed share without spares."""
+    whole = ("participation.sampling=fixed", "participation.rate=0.5")
+    assert recipe_of(spec_of("fedsvd", "wire.codec=top-k", f"recipe.aggregator={rule}", *whole)).name == "fedsvd"
 
 
 @pytest.mark.parametrize("rule", ON_ENTRIES)
@@ -211,6 +240,8 @@ def test_every_recipe_whose_nodes_receive_their_start_may_have_it_from_public_da
     ("recipe", "overrides", "way_out"),
     [
         ("fedit", ["adapter.method=dora"], ["recipe.initial_a=kaiming", "adapter.public=''"]),
+        ("fedsvd", ["adapter.ranks=[2, 8]"], ["recipe.initial_a=orthonormal"]),
+        ("fedsvd", ["adapter.ranks=[2, 8]"], ["adapter.ranks=[]"]),
         ("ffa", ["adapter.start=warm"], ["recipe.initial_a=kaiming"]),
         ("fedsvd", ["data.source=public.jsonl"], ["adapter.public=other.jsonl"]),
         ("fedsvd", ["data.source=a.jsonl", "data.evaluation=public.jsonl"], ["adapter.public=other.jsonl"]),
@@ -223,6 +254,15 @@ def test_what_public_data_may_not_stand_beside(recipe: str, overrides: list[str]
     if raw["recipe"]["initial_a"] != "eva":
         raw["adapter"].pop("public")
     assert recipe_of(RunSpec.check(raw)).name == recipe
+
+
+def test_mixed_ranks_may_start_from_public_data_where_no_basis_rotates() -> None:
+    """Those of `fedsvd` may not, and so no node of such a run may be smaller either."""
+    for name in ("flexlora", "flora", "hetlora"):
+        assert recipe_of(spec_of(name, *EVA, "adapter.ranks=[2, 8]")).name == name
+    assert rank_for(spec_of("fedsvd"), 4) == 4
+    with pytest.raises(SpecError, match=r"this run needs rank 8: .+ the rotation of a round needs more rows"):
+        rank_for(spec_of("fedsvd", *EVA), 4)
 
 
 def test_ranks_are_drawn_by_key() -> None:

@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedapt.protocols.errors import PayloadError
+from fedapt.protocols.errors import PayloadError, SpecError
 from fedapt.protocols.layout import A_SUFFIX, B_SUFFIX, ROTATION_SUFFIX, AdapterLayout, Flat, Pair, TensorSpec
+from fedapt.protocols.legality import illegal
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
+from fedapt.protocols.recipes import RECIPES as ALL
 from fedapt.protocols.recipes import Recipe
-from fedapt.protocols.shared import SharedAdapter
+from fedapt.protocols.shared import SharedAdapter, require_pairs, works_on_factors
 from fedapt.protocols.spec import Recipe as Settings
+from fedapt.protocols.spec import RunSpec
 
 recipes = st.sampled_from(list(RECIPES.values()))
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -213,3 +216,35 @@ def test_under_eva_no_node_counts_on_its_own_a(recipe: Recipe, layout: AdapterLa
     for pair in shared.layout.pairs:
         shared.layout.view(own, pair.a.name)[...] += 1
     assert np.array_equal(replace(shared, start=own).whole(state, 1), shared.whole(state, 1))
+
+
+@pytest.mark.parametrize("recipe", ALL.values(), ids=ALL.keys())
+def test_what_works_on_factors_is_what_takes_plain_lora_alone(recipe: Recipe) -> None:
+    raw = {"model": {"base": "m", "task": "causal-lm"}, "recipe": {"name": recipe.name}, "adapter": {"method": "ia3"}}
+    refused = any("adapter.method" in problem for problem in illegal(RunSpec.check(raw), recipe))
+    assert works_on_factors(recipe) == refused
+
+
+def layout_with(*more: TensorSpec) -> AdapterLayout:
+    return AdapterLayout([*SMALL.tensors, *more])
+
+
+@pytest.mark.parametrize("recipe", ALL.values(), ids=ALL.keys())
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        (layout_with(TensorSpec("v" + A_SUFFIX, (2, 9), "A")), r"v.lora_A.weight of shape \(2, 9\) is in no pair"),
+        (layout_with(TensorSpec("v" + B_SUFFIX, (3, 2), "other")), r"v.lora_B.weight of shape \(3, 2\) is in no pair"),
+        (SMALL.select({"B", "other"}), r"q.lora_B.weight of shape \(3, 2\) is in no pair"),
+        (SMALL.select({"other"}), r"no pair .* among its 1 tensors, such as score.weight of shape \(4, 3\)"),
+        (AdapterLayout([]), "no pair of plain LoRA factors among its 0 tensors, and recipe"),
+    ],
+)
+def test_a_factor_without_its_other_is_refused(recipe: Recipe, layout: AdapterLayout, problem: str) -> None:
+    require_pairs(recipe, SMALL, "model")
+    require_pairs(recipe, SMALL.with_frozen(2), "model")
+    if not works_on_factors(recipe):
+        require_pairs(recipe, layout, "model")
+        return
+    with pytest.raises(SpecError, match=f"^model: {problem}.*fedit"):
+        require_pairs(recipe, layout, "model")

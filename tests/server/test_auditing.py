@@ -8,10 +8,10 @@ import pytest
 
 from fedapt.privacy import mechanism
 from fedapt.privacy.audit import Values
-from fedapt.privacy.clipping import clip
+from fedapt.privacy.clipping import BIT_NOISE, clip
 from fedapt.privacy.events import Event
 from fedapt.privacy.mechanism import Mechanism
-from fedapt.privacy.noise import total
+from fedapt.privacy.noise import Grid, total
 from fedapt.privacy.randomness import Integers, Randomness, SimulationRandomness
 from fedapt.privacy.sampling import fixed_size
 from fedapt.protocols.codecs import Codec, codec_of
@@ -20,8 +20,19 @@ from fedapt.protocols.layout import AdapterLayout, Flat
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
 from fedapt.protocols.spec import RunSpec, Wire
 from fedapt.server import audited
-from fedapt.server.audited import AuditedPath
-from fedapt.server.auditing import Finding, canary_trials, findings, mu, noise, one_run, sampling, secrecy, sensitivity
+from fedapt.server.audited import AuditedClip, AuditedPath
+from fedapt.server.auditing import (
+    Finding,
+    canary_trials,
+    clip_findings,
+    findings,
+    mu,
+    noise,
+    one_run,
+    sampling,
+    secrecy,
+    sensitivity,
+)
 from fedapt.server.optimizers import Buffers
 from fedapt.server.private import ClientLevel
 
@@ -43,6 +54,10 @@ pytestmark = pytest.mark.usefixtures("one_stream_of_secrets")
 
 def path_of(*overrides: str) -> AuditedPath:
     return AuditedPath(RunSpec.check(SPEC).set(*overrides), POPULATION)
+
+
+def clip_of(*overrides: str) -> AuditedClip:
+    return AuditedClip(RunSpec.check(SPEC).set("privacy.clipping=adaptive", *overrides), POPULATION)
 
 
 def refuted(found: Iterable[Finding]) -> set[str]:
@@ -126,6 +141,31 @@ def test_simulation_noise_is_known_and_said_to_be() -> None:
     assert "as the event says" in found.detail
 
 
+@pytest.mark.parametrize("draw", ["poisson", "fixed"])
+@pytest.mark.parametrize("noise_multiplier", [1.0, 20.0])
+def test_the_right_adaptive_clip_passes(draw: str, noise_multiplier: float) -> None:
+    path = clip_of(f"participation.sampling={draw}", f"privacy.noise_multiplier={noise_multiplier}")
+    found = list(clip_findings(path))
+    assert not refuted(found), found
+    assert [finding.name for finding in found] == ["clip's sensitivity", "clip's noise", "clip's secrecy"]
+    distance, spread, _ = found
+    assert distance.measured == pytest.approx(distance.claimed, rel=1e-3), "the worst neighbours are as bad as charged"
+    expected, changed = POPULATION / 10, 2 if draw == "fixed" else 1
+    assert distance.claimed == pytest.approx(changed / 2, rel=1e-3)
+    assert spread.claimed == pytest.approx(max(BIT_NOISE * expected, noise_multiplier * changed))
+
+
+def test_the_bits_of_an_adaptive_clip_add_up() -> None:
+    path = clip_of("privacy.noise_multiplier=0.01")
+    within, beyond = np.zeros(1, np.float32), np.full(1, 3.0, np.float32)
+    released = [path.release(changes, 1) for changes in ([], [within] * 3, [within, beyond], [beyond] * 2)]
+    quiet = path.again(noise="simulation")
+    start = quiet.release([], 1)
+    sums = [quiet.release(changes, 1) - start for changes in ([], [within] * 3, [within, beyond], [beyond] * 2)]
+    assert np.concatenate(sums) == pytest.approx([0, 1.5, 0, -1], abs=1e-4)
+    assert all(own.shape == (1,) for own in released)
+
+
 # The planted bugs. Each is one change of the code that a run uses.
 
 
@@ -181,6 +221,34 @@ def test_noise_from_the_public_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refuted([secrecy(path)]) == {"secrecy"}
 
 
+@pytest.mark.parametrize("draw", ["poisson", "fixed"])
+@pytest.mark.parametrize("rate", [0.005, 0.1, 0.9])
+def test_cohorts_from_the_public_seed(monkeypatch: pytest.MonkeyPatch, draw: str, rate: float) -> None:
+    """Noise stays secret; but who can draw the cohorts again knows who took part, and nothing is amplified."""
+    path = path_of(f"participation.sampling={draw}", f"participation.rate={rate}")
+    assert not secrecy(path).contradicts
+    honest = ClientLevel._source
+
+    def seeded(self: ClientLevel, purpose: str, round_: int) -> Randomness:
+        if purpose == "noise":
+            return honest(self, purpose, round_)
+        return SimulationRandomness(derive(self.spec.run.seed, "privacy", purpose, round_))
+
+    monkeypatch.setattr(ClientLevel, "_source", seeded)
+    assert not sampling(path).contradicts, "they are drawn with the right probabilities"
+    found = secrecy(path)
+    assert found.contradicts
+    assert found.measured == pytest.approx(1)
+    assert "cohorts" in found.detail
+    assert "knows who takes part" in found.detail
+
+
+def test_where_all_take_part_no_draw_is_secret() -> None:
+    found = secrecy(path_of("participation.sampling=all", "participation.rate=1.0"))
+    assert not found.contradicts
+    assert "noise" in found.detail
+
+
 def test_noise_from_another_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody guesses this key, but a restart draws the same noise again."""
     monkeypatch.setattr(
@@ -232,6 +300,61 @@ def test_a_skipped_empty_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     path = path_of()
     assert sensitivity(path).contradicts
     assert noise(path, 100_000).contradicts
+
+
+def next_clip(self: Mechanism, fraction: float) -> Mechanism:
+    return replace(self, clip=self.clip.after(fraction))
+
+
+def of_the_survivors(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+    """The part of those that answered, as it is: no noise, and a denominator that tells how many there were."""
+    return next_clip(self, sum(within) / max(1, len(within)))
+
+
+def without_bit_noise(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+    return next_clip(self, sum(bit - 0.5 for bit in within) / self.expected + 0.5)
+
+
+def with_less_bit_noise(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+    grid, std = Grid.fitting(self._bit_noise, 0.5, 1), 0.9 * self._bit_noise
+    halves = np.array([sum(1 if bit else -1 for bit in within) * round(0.5 / grid.step)])
+    return next_clip(self, float(grid.values(grid.noised(halves, std, source))[0]) / self.expected + 0.5)
+
+
+def with_whole_bits(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+    """Bits that are 0 or 1 change the sum by 1, and ½ is charged."""
+    return adapted(self, [*within, *[True for bit in within if bit]], source)
+
+
+def with_public_bit_noise(self: Mechanism, within: Sequence[bool], source: Randomness) -> Mechanism:
+    return adapted(self, within, SimulationRandomness(1))
+
+
+adapted = Mechanism._adapted
+
+
+@pytest.mark.parametrize("draw", ["poisson", "fixed"])
+@pytest.mark.parametrize(
+    ("bug", "tests"),
+    [
+        (of_the_survivors, {"sensitivity", "noise", "secrecy"}),
+        (without_bit_noise, {"noise", "secrecy"}),
+        (with_less_bit_noise, {"noise"}),
+        (with_whole_bits, {"sensitivity"}),
+        (with_public_bit_noise, {"secrecy"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_adaptive_clip_that_tells_more_than_is_charged(
+    monkeypatch: pytest.MonkeyPatch,
+    bug: Callable[[Mechanism, Sequence[bool], Randomness], Mechanism],
+    tests: set[str],
+    draw: str,
+) -> None:
+    monkeypatch.setattr(Mechanism, "_adapted", bug)
+    overrides = "privacy.clipping=adaptive", f"participation.sampling={draw}"
+    assert not refuted([sensitivity(path_of(*overrides)), secrecy(path_of(*overrides))]), "the changes show nothing"
+    assert refuted(clip_findings(clip_of(*overrides))) >= {f"clip's {test}" for test in tests}
 
 
 def test_a_fixed_size_accounted_as_poisson(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ HONEST, BAD = 8, 2
 
 
 def legal(recipe: str, rule: str) -> bool:
-    spec = RunSpec.parse(f'[model]\nbase = "m"\ntask = "causal-lm"\n[recipe]\nname = "{recipe}"\naggregator = "{rule}"')
-    return illegal(spec, RECIPES[recipe]) == []
+    spec = RunSpec.parse('[model]\nbase = "m"\ntask = "causal-lm"\n[recipe]\nweighting = "uniform"')
+    return illegal(spec.set(f"recipe.name={recipe}", f"recipe.aggregator={rule}"), RECIPES[recipe]) == []
 
 
 LEGAL = [(recipe, rule) for recipe in RECIPES for rule in ALL if legal(recipe, rule)]
@@ -162,7 +162,7 @@ def test_rules_on_distances_do_not_see_the_gauge(recipe: str, rule: str) -> None
 @pytest.mark.parametrize("rule", ON_DISTANCES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_few_nodes_are_no_trouble(rule: str, count: int) -> None:
-    """Krum needs three; below that the mean has to do."""
+    """Krum needs three; below that the uniform mean has to do."""
     shared = shared_of("ffa", rule)
     found = weighed(Round(LAYOUT, shared.sent(1), shared.start, good(shared)[:count]), shared.settings)
     weights = [c.weight for c in found.contributions]
@@ -170,6 +170,39 @@ def test_few_nodes_are_no_trouble(rule: str, count: int) -> None:
     assert sum(weights) > 0
     if rule == "krum" and count >= 3:
         assert sorted(weights)[-2:] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum"])
+@pytest.mark.parametrize(
+    ("count", "share", "withstood"),
+    [(1, 0.2, 0), (2, 0.2, 0), (3, 0.2, 0), (4, 0.2, 0), (5, 0.2, None), (6, 0.2, 1), (7, 0.2, None), (3, 0.0, None)],
+)
+def test_krum_says_where_it_withstands_fewer_than_it_should(
+    rule: str, count: int, share: float, withstood: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fifth of six is two nodes, rounded up, as in the trimmed mean of codes; two need seven updates."""
+    shared = shared_of("ffa", rule)
+    chosen = shared.settings.model_copy(update={"byzantine": share})
+    weighed(Round(LAYOUT, shared.sent(1), shared.start, good(shared)[:count]), chosen)
+    told = [] if withstood is None else [f"{count} updates withstand {withstood} hostile nodes"]
+    assert len(caplog.messages) == len(told)
+    for expected, message in zip(told, caplog.messages, strict=True):
+        assert expected in message
+        assert message.startswith(f'recipe.aggregator = "{rule}": ')
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum"])
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_krum_does_not_hear_what_a_node_claims_to_weigh(rule: str, count: int) -> None:
+    shared = shared_of("ffa", rule)
+    plain = good(shared)[:count]
+    claimed = [replace(c, weight=1 - 1e-12 if k == 0 else 1e-12) for k, c in enumerate(plain)]
+    found = [
+        [c.weight for c in weighed(Round(LAYOUT, shared.sent(1), shared.start, own), shared.settings).contributions]
+        for own in (plain, claimed)
+    ]
+    assert found[0] == found[1]
+    assert sum(found[0]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("rule", ["krum", "geometric-median"])
@@ -187,7 +220,7 @@ def test_the_share_of_bad_nodes_is_what_the_spec_says() -> None:
     """Multi-Krum leaves that many out; a trimmed mean bears one outlier of ten at a tenth, and not at none."""
     shared = shared_of("ffa", "multi-krum")
     updates = Round(LAYOUT, shared.sent(1), shared.start, good(shared))
-    for share, kept in ((0.0, 10), (0.1, 9), (0.3, 7), (0.49, 7)):
+    for share, kept in ((0.0, 10), (0.1, 9), (0.11, 8), (0.3, 7), (0.49, 7)):
         chosen = shared.settings.model_copy(update={"byzantine": share})
         assert sum(c.weight > 0 for c in weighed(updates, chosen).contributions) == kept
     outlier = [replace(c, change=1000 * c.change) if k == 0 else c for k, c in enumerate(updates.contributions)]

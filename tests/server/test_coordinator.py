@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.legality import rank_of
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
-from fedapt.protocols.update import Update
+from fedapt.protocols.update import Assignment, Update
 from fedapt.server.coordinator import Coordinator, Progress
-from fedapt.server.grid import Failure
+from fedapt.server.grid import Evaluated, Failure
 from fedapt.server.store import MemoryStore, Store
 
 from .fakes import LAYOUT, NODES, Answer, FakeGrid, ends, plain, run, shared_of, spec_of, start
@@ -39,6 +39,29 @@ def test_a_run(store: Store, recipe: str) -> None:
     assert rows[-1]["evaluation"] == ends(coordinator.adapter())
     assert [a.node for a in grid.sent] == [*NODES] * 3
     assert store.contributions("run", 3) == []
+
+
+def test_where_fragments_stream_scores_and_farewells_are_of_the_whole() -> None:
+    """Two fragments in turn: what the nodes know is of two rounds, and the adapter is of one."""
+    spec = spec_of("recipe.name=diloco", "recipe.fragments=2", "participation.evaluates=true")
+    scored: list[Flat] = []
+
+    class Scoring(FakeGrid):
+        def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+            shared = shared_of(spec)
+            for asked in assignments[:1]:
+                scored.append(CODECS["fp32"].decode(asked.payload, shared.received(asked.round)))
+            return super().evaluate(assignments, timeout)
+
+    losses = iter([5.0, 1.0, 2.0, 3.0])
+    coordinator, _ = run(Scoring(spec), evaluate=lambda _: {"loss": next(losses)})
+    assert coordinator.best_round() == 1
+    shared, adapters = coordinator.shared, [coordinator.adapter(1), coordinator.adapter()]
+    assert not np.array_equal(adapters[0], adapters[1])
+    assert [shared.whole(scored[i], i + 2).tobytes() for i in (0, 2)] == [own.tobytes() for own in adapters]
+    for asked in coordinator.farewells(NODES):
+        state = CODECS["fp32"].decode(asked.payload, shared.received(asked.round))
+        assert np.array_equal(shared.whole(state, asked.round), adapters[0])
 
 
 @pytest.mark.parametrize(("weighting", "weights"), [("examples", [2.0, 3.0]), ("uniform", [1.0, 1.0])])

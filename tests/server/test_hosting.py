@@ -217,6 +217,13 @@ def test_a_run_that_is_stopped_asks_nothing_more(
     assert begun[0] == begun[1], "it was asked again when it went on"
 
 
+def test_who_is_connected_is_no_public_number_of_clients(tmp_path: Path, store: SqliteStore) -> None:
+    private = ("run.name=p", "privacy.unit=client", "privacy.epsilon=8", "recipe.weighting=uniform", "recipe.name=ffa")
+    with federation(tmp_path, NAMES[0]) as (hub, _), pytest.raises(SpecError, match=r"privacy\.population is missing"):
+        serve(hub, store, spec_of(*private))
+    assert store.runs() == []
+
+
 def test_a_name_that_is_taken_is_refused_before_anything_is_served(tmp_path: Path, store: SqliteStore) -> None:
     good, other = spec_of("run.name=good"), spec_of("run.name=taken")
     with federation(tmp_path, NAMES[0]) as (hub, _):

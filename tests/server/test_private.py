@@ -8,10 +8,11 @@ import pytest
 
 from fedapt.privacy.events import GaussianEvent, Poisson, from_json
 from fedapt.privacy.mechanism import Mechanism
-from fedapt.protocols.errors import SpecError
+from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.layout import Flat
 from fedapt.protocols.legality import recipe_of
 from fedapt.server.coordinator import Coordinator
+from fedapt.server.grid import Failure
 from fedapt.server.store import MemoryStore, SqliteStore, Store
 
 from .fakes import NODES, FakeGrid, ends, run, spec_of
@@ -75,6 +76,30 @@ def test_an_empty_draw_takes_a_noised_step() -> None:
     assert grid.sent == []
     assert np.count_nonzero(store.snapshot("run").state - before) == len(before)
     assert len(store.chain().entries) == 1
+
+
+def test_a_round_in_which_all_fail_is_released_as_any_other(store: Store) -> None:
+    """A draw of bad nodes alone must neither end the run for ever nor tell that they were drawn."""
+    grid = grid_of("recipe.name=ffa")
+    grid.answer = lambda update: [Failure(update.node, "out of memory")]
+    _, rows = run(grid, store)
+    assert len(rows) == 3
+    assert len(store.chain().entries) == 3
+
+
+def test_a_fixed_cohort_waits_for_as_many_as_the_spec_says() -> None:
+    grid = grid_of("recipe.name=ffa", "participation.sampling=fixed", "participation.minimum=1")
+    grid.answer = lambda update: [Failure(update.node, "out of memory")]
+    with pytest.raises(RunError, match="0 of 2 nodes"):
+        run(grid)
+
+
+def test_a_delta_that_promises_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    run(grid_of("recipe.name=ffa", "privacy.delta=0.3"))
+    assert "not below 1 / 4" in caplog.text
+    caplog.clear()
+    run(grid_of("recipe.name=ffa", "privacy.delta=0.2"))
+    assert "not below" not in caplog.text
 
 
 def test_a_cohort_that_is_drawn_stays_drawn() -> None:

@@ -154,7 +154,14 @@ def test_the_effective_rank_of_a_round_is_the_mean_over_modules() -> None:
     layout = layout_of((5, 6, 4), (5, 6, 4), (4, 7, 2))
     flat = adapter_of(layout, {"m0": [2, 2, 2, 2], "m1": [3], "m2": []})
     assert effective_rank(layout, flat) == pytest.approx((4 + 1 + 0) / 3, rel=1e-5)
-    assert effective_rank(layout.select({"other"}), flat[-15:]) == 0.0
+
+
+def test_without_a_pair_no_rank_is_measured() -> None:
+    layout = layout_of((5, 6, 4))
+    nothing = np.zeros(layout.size, np.float32)
+    assert effective_rank(layout, nothing) == 0.0
+    heads = layout.select({"other"})
+    assert effective_rank(heads, nothing[: heads.size]) is None
 
 
 def test_frozen_factors_count_for_the_effective_rank() -> None:

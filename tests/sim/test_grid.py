@@ -142,10 +142,15 @@ def test_an_update_in_anothers_name_is_a_failure(grid: LocalGrid, federation: Fe
     [
         ["recipe.name=fedsvd", "recipe.optimizer=nesterov", "wire.codec=int8"],
         ["recipe.name=flexlora", "wire.downlink=bf16", "local.optimizer=adamw", "local.learning_rate=0.01"],
-        ["recipe.name=flora", "adapter.ranks=[1, 2, 4]", "recipe.aggregator=geometric-median"],
+        [
+            "recipe.name=flora",
+            "adapter.ranks=[1, 2, 4]",
+            "recipe.aggregator=geometric-median",
+            "recipe.weighting=uniform",
+        ],
         ["recipe.name=refresh", "recipe.period=1", "wire.codec=fp4"],
         ["recipe.name=fedex", "recipe.budget=6"],
-        ["recipe.name=rolora", "recipe.aggregator=median"],
+        ["recipe.name=rolora", "recipe.aggregator=median", "recipe.weighting=uniform"],
         ["recipe.name=fedsvd", "wire.codec=top-k", "wire.density=0.3"],
     ],
     ids=lambda overrides: " ".join(override.partition("=")[2] for override in overrides),
