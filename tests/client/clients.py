@@ -1,6 +1,7 @@
 """Tiny clients of every recipe, and what a node of theirs is asked and answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -105,6 +106,14 @@ def assignments_of(
     own = {node: client.shared.delivered(round_, rank) for node, rank in ranks.items()}
     payloads = {node: codec.encode(whole.cut(state, layout), layout, 0) for node, layout in own.items()}
     return [Assignment("run", round_, 2, node, f"version {round_}", payloads[node], ranks[node]) for node in nodes]
+
+
+def farewell_of(client: Client, node: int, state: Flat) -> Assignment:
+    """The whole state of round 1, as it is handed over or scored."""
+    (asked,) = assignments_of(client, [node], state)
+    whole, own = client.shared.received(1), client.shared.received(1, asked.rank)
+    payload = CODECS[client.spec.wire.downlink].encode(whole.cut(state, own), own, 0)
+    return replace(asked, payload=payload)
 
 
 def sent(message_type: str, node: int, content: RecordDict) -> Message:

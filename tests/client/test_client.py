@@ -21,7 +21,7 @@ from fedapt.protocols.records import (
 )
 from fedapt.protocols.update import Assignment
 
-from .clients import RAGGED, asked, assert_same, assignments_of, change_of, client_of, sites_of, state_of
+from .clients import RAGGED, asked, assert_same, assignments_of, change_of, client_of, farewell_of, sites_of, state_of
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -123,7 +123,7 @@ def test_an_update_has_the_bytes_that_were_announced(recipe: str, codec: str) ->
 def test_loading_the_first_state_gives_the_start(recipe: str, codec: str) -> None:
     client = client_of(f"recipe.name={recipe}", f"wire.downlink={codec}")
     client.adapted.write(np.ones(client.adapted.layout.size, np.float32))
-    client.load(assignments_of(client, [10], state_of(client))[0])
+    client.load(farewell_of(client, 10, state_of(client)))
     layout = client.adapted.layout
     loaded, start = layout.split(client.adapted.read()), layout.split(client.start)
     for tensor in layout.tensors:

@@ -9,8 +9,10 @@ import pytest
 from fedapt.forecast import forecast
 from fedapt.privacy.ledger import Ledger
 from fedapt.promise import Promise, promise
+from fedapt.protocols.errors import SpecError
 from fedapt.protocols.spec import RunSpec
 from fedapt.server.store import Row, SqliteStore
+from fedapt.sim.federation import build
 from fedapt.simulation import run
 
 CLIENT = (
@@ -73,6 +75,18 @@ def test_a_run_without_privacy_promises_nothing(tiny: Path, tmp_path: Path) -> N
     assert "no formal guarantee" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     told = json.loads((tmp_path / "out/adapter/privacy.json").read_text(encoding="utf-8"))
     assert told == {"unit": "none", "epsilon": None, "delta": None, "private": False}
+
+
+def test_a_text_that_gives_several_examples_is_no_unit_of_privacy() -> None:
+    raw = {
+        "model": {"base": "builtin:byte-llama", "task": "causal-lm", "max_length": 16},
+        "adapter": {"targets": ["q_proj"]},
+        "recipe": {"name": "ffa", "weighting": "uniform"},
+        "data": {"source": "builtin:stdlib", "limit": 12, "partition": {"clients": 2}},
+    }
+    with pytest.raises(SpecError, match="k times ε"):
+        build(RunSpec.check(raw).set("privacy.unit=example", "privacy.epsilon=6"))
+    build(RunSpec.check(raw).set("privacy.unit=client", "privacy.epsilon=6"))
 
 
 def test_the_plan_warns_of_noise_that_drowns() -> None:

@@ -55,13 +55,6 @@ def adapters(spec: RunSpec) -> list[Flat]:
     return [coordinator.adapter() for _ in coordinator.rounds()]
 
 
-def test_a_text_that_gives_several_examples_is_no_unit_of_privacy(spec_of: SpecOf) -> None:
-    """builtin:stdlib has functions longer than a few tokens."""
-    private = ("privacy.unit=example", "privacy.epsilon=6", "recipe.name=ffa", "recipe.weighting=uniform")
-    with pytest.raises(SpecError, match="k times ε"):
-        build(spec_of(*private, "model.max_length=8"))
-
-
 def test_every_example_is_at_one_client(spec_of: SpecOf, folder: Path) -> None:
     federation = build(spec_of("data.partition.kind=natural", "data.partition.column=site"))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
