@@ -22,7 +22,8 @@ CLIENT = (
     "recipe.name=ffa",
     "participation.sampling=all",
 )
-EXAMPLE = (*CLIENT[1:], "privacy.unit=example", "local.steps=2")
+SHORT = Path(__file__).with_name("short.jsonl")  # a text that is cut is no unit of privacy
+EXAMPLE = (*CLIENT[1:], "privacy.unit=example", "local.steps=2", f"data.source='{SHORT}'")
 
 
 def spec_of(path: Path, *overrides: str) -> RunSpec:
