@@ -12,14 +12,13 @@ MODEL_FOLDER is MiniLM; its pooler, which was never trained, is replaced by one 
 """
 
 import statistics
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from encoder import with_open_pooler
 from federations import federation_of
-from resumable import RESULTS, Point, Row, command, done
+from resumable import RESULTS, Point, Row, Sweep, command, scores
 
 from fedapt.client.exchanger import Probe
 from fedapt.client.slopes import ClientProber
@@ -33,7 +32,6 @@ from fedapt.server.store import MemoryStore
 from fedapt.simulation import coordinate
 from fedapt.svg import Axis, Line, line_chart
 
-SEEDS = (1, 2, 3)
 NODES = 8
 
 CODES = (
@@ -89,22 +87,13 @@ clients = 8
 """
 
 
-def todo(rows: list[Row]) -> Iterator[Point]:
-    """What is still to run, a seed at a time once the rate is known."""
-    for method in METHODS:
-        tuned = TUNED_AS.get(method, method)
-        rate = best_rate(rows, tuned)
-        points = [Point("tune", tuned, rate, 0) for rate in RATES.get(tuned, RATES_OF_CODES)]
-        points += [Point("test", method, rate, seed) for seed in SEEDS] if rate else []
-        yield from (point for point in points if point not in done(rows))
-
-
-def best_rate(rows: list[Row], method: str) -> float | None:
-    """The rate with the least loss in the end, when all were tried."""
-    own = [row for row in rows if (row["phase"], row["method"]) == ("tune", method)]
-    if len(own) < len(RATES.get(method, RATES_OF_CODES)):
-        return None
-    return float(min(own, key=lambda row: row["curve"][-1][3])["rate"])
+SWEEP = Sweep(
+    METHODS,
+    lambda method: TUNED_AS.get(method, method),
+    lambda method: RATES.get(method, RATES_OF_CODES),
+    lambda row: -row["curve"][-1][3],
+)
+"""The best rate has the least loss in the end."""
 
 
 def measure(point: Point, model: Path, data: Path) -> Row:
@@ -160,16 +149,10 @@ def table(rows: list[Row]) -> str:
     lines = ["| method | rate | test accuracy | seeds | bytes up a node |", "|---|---|---|---|---|"]
     curves: list[Line] = []
     for method in METHODS:
-        own = [row for row in rows if (row["phase"], row["method"]) == ("test", method)]
-        if not own:
-            continue
-        scores = [100 * row["accuracy"] for row in own]
-        spread = f" ± {statistics.stdev(scores):.1f}" if len(own) > 1 else ""
-        lines.append(
-            f"| {method} | {own[0]['rate']:g} | {statistics.mean(scores):.1f}{spread} | {len(own)} "
-            f"| {own[0]['curve'][-1][1]:,} |"
-        )
-        curves.append(mean_curve(method, own, len(curves)))
+        own = SWEEP.tested(rows, method)
+        if own:
+            lines.append(f"| {method} | {scores(own)} | {own[0]['curve'][-1][1]:,} |")
+            curves.append(mean_curve(method, own, len(curves)))
     chart = line_chart(curves, x=Axis("bytes up a node", log=True), y=Axis("test accuracy"))
     (RESULTS / "onebyte.html").write_text(page("Accuracy against bytes up", [chart]), encoding="utf-8")
     return "\n".join(lines)
@@ -180,11 +163,11 @@ def mean_curve(method: str, rows: list[Row], colour: int) -> Line:
     moments = zip(*(row["curve"][1:] if row["curve"][0][1] == 0 else row["curve"] for row in rows), strict=True)
     points, band = [], []
     for moment in moments:
-        up, scores = statistics.mean(at[1] for at in moment), [at[2] for at in moment]
-        points.append((up, statistics.mean(scores)))
-        band.append((up, min(scores), max(scores)))
+        up, reached = statistics.mean(at[1] for at in moment), [at[2] for at in moment]
+        points.append((up, statistics.mean(reached)))
+        band.append((up, min(reached), max(reached)))
     return Line(method, points, colour, band)
 
 
 if __name__ == "__main__":
-    command(__doc__, "onebyte", todo, measure, table)
+    command(__doc__, "onebyte", SWEEP.todo, measure, table)

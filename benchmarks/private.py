@@ -11,13 +11,11 @@ charged: ε is that of one run, as in the papers, and a site that tunes on priva
 MODEL_FOLDER is MiniLM; its pooler, which was never trained, is replaced by one that centres (encoder.py).
 """
 
-import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 from encoder import with_open_pooler
 from federations import federation_of
-from resumable import Point, Row, command, done
+from resumable import Point, Row, Sweep, command, scores
 
 from fedapt.progress import Silent
 from fedapt.protocols.spec import RunSpec
@@ -25,7 +23,6 @@ from fedapt.server.store import MemoryStore
 from fedapt.simulation import coordinate
 
 SPEC = Path(__file__).parent.parent / "examples/sst2-private.toml"
-SEEDS = (1, 2, 3)
 TUNED_AT = 6
 RECIPES = {
     "fedit": ("recipe.name=fedit",),
@@ -73,22 +70,9 @@ def unit_of(method: str) -> str:
     return method.partition(",")[0]
 
 
-def todo(rows: list[Row]) -> Iterator[Point]:
-    """What is still to run, a method at a time: it is tested when its tuning is whole."""
-    for method in methods():
-        tuned, rate = tuned_as(method), best_rate(rows, tuned_as(method))
-        points = [Point("tune", tuned, rate, 0) for rate in RATES_OF[unit_of(method)]]
-        points += [Point("test", method, rate, seed) for seed in SEEDS] if rate else []
-        yield from (point for point in points if point not in done(rows))
-
-
-def best_rate(rows: list[Row], method: str) -> float | None:
-    """The best of the rates, when all were tried; by loss where accuracies are equal. Rows of other rates may be there."""
-    rates = RATES_OF[unit_of(method)]
-    own = [row for row in rows if (row["phase"], row["method"]) == ("tune", method) and row["rate"] in rates]
-    if len(own) < len(rates):
-        return None
-    return float(max(own, key=lambda row: (row["accuracy"], -row["loss"]))["rate"])
+SWEEP = Sweep(
+    methods(), tuned_as, lambda method: RATES_OF[unit_of(method)], lambda row: (row["accuracy"], -row["loss"])
+)
 
 
 def measure(point: Point, model: Path, data: Path) -> Row:
@@ -119,17 +103,11 @@ def table(rows: list[Row]) -> str:
     """Markdown: mean ± sd of the test accuracy over the seeds that are there."""
     lines = ["| unit and method | rate | test accuracy | seeds | largest ε spent |", "|---|---|---|---|---|"]
     for method in methods():
-        rate = best_rate(rows, tuned_as(method))
-        own = [row for row in rows if (row["phase"], row["method"], row["rate"]) == ("test", method, rate)]
+        own = SWEEP.tested(rows, method)
         if own:
-            accuracy = [100 * row["accuracy"] for row in own]
-            spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""
-            lines.append(
-                f"| {method} | {own[0]['rate']:g} | {statistics.mean(accuracy):.1f}{spread} | {len(own)} "
-                f"| {max(row['spent'] for row in own):.3f} |"
-            )
+            lines.append(f"| {method} | {scores(own)} | {max(row['spent'] for row in own):.3f} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    command(__doc__, "private", todo, measure, table)
+    command(__doc__, "private", SWEEP.todo, measure, table)

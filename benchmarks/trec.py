@@ -13,12 +13,11 @@ without mixed ranks, adapter kinds on `fedit`.
 """
 
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from federations import federation_of
-from resumable import Point, Row, command, done
+from resumable import Point, Row, Sweep, command, scores
 
 from fedapt.progress import Silent
 from fedapt.protocols.recipes import FIRST_ORDER as RECIPES
@@ -42,7 +41,6 @@ RATES_OF = {
 }
 """Where B alone trains, and kinds whose numbers mean something else: all weights, or few scales of fixed vectors."""
 
-SEEDS = (1, 2, 3)
 ONE_RANK = ("adapter.rank=8", "adapter.ranks=[]", "adapter.alpha=8")
 OUTER = ("recipe.optimizer=nesterov", "recipe.learning_rate=0.4")
 """DiLoCo's own step at the server (one fragment)."""
@@ -77,15 +75,6 @@ def methods() -> dict[str, tuple[str, ...]]:
     return recipes | codecs | kinds | whole
 
 
-def todo(rows: list[Row]) -> Iterator[Point]:
-    """What is still to run, a method at a time: it is tested when its tuning is whole."""
-    for method in methods():
-        rate = best_rate(rows, tuned_as(method))
-        points = [Point("tune", tuned_as(method), rate, 0) for rate in rates_of(tuned_as(method))]
-        points += [Point("test", method, rate, seed) for seed in SEEDS] if rate else []
-        yield from (point for point in points if point not in done(rows))
-
-
 def tuned_as(method: str) -> str:
     """The method whose rate this one takes: a codec is not to be compared at another rate."""
     recipe, _, codec = method.partition(", ")
@@ -96,11 +85,7 @@ def rates_of(method: str) -> tuple[float, ...]:
     return RATES_OF.get(method, RATES)
 
 
-def best_rate(rows: list[Row], method: str) -> float | None:
-    """The best of the rates that are to be tried, when all are; rows of other rates may be there from an earlier grid."""
-    tried = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
-    own = [row for row in tried if row["rate"] in rates_of(method)]
-    return max(own, key=lambda row: row["accuracy"])["rate"] if len(own) == len(rates_of(method)) else None
+SWEEP = Sweep(methods(), tuned_as, rates_of, lambda row: row["accuracy"])
 
 
 def measure(point: Point, model: Path, data: Path) -> Row:
@@ -138,19 +123,15 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods():
-        tested = [row for row in rows if row["phase"] == "test" and row["method"] == method]
-        rate = best_rate(rows, tuned_as(method)) or (tested[-1]["rate"] if tested else None)
-        own = [row for row in tested if row["rate"] == rate]
+        own = SWEEP.tested(rows, method)
         if not own:
             continue
-        accuracy = [100 * row["accuracy"] for row in own]
-        spread = f" ± {statistics.stdev(accuracy):.1f}" if len(own) > 1 else ""
 
         def mean(key: str, own: list[Row] = own) -> Any:
             return statistics.mean(row[key] for row in own)
 
         lines.append(
-            f"| {method} | {own[0]['rate']:g} | {statistics.mean(accuracy):.1f}{spread} | {len(own)} "
+            f"| {method} | {scores(own)} "
             f"| {mean('bytes_up') / 1e6:.2f} | {mean('bytes_down') / 1e6:.2f} "
             + (f"| {mean('error'):.1e} | {mean('effective_rank'):.1f} |" if mean("effective_rank") else "| – | – |")
         )
@@ -158,4 +139,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    command(__doc__, "trec", todo, measure, table)
+    command(__doc__, "trec", SWEEP.todo, measure, table)
