@@ -348,6 +348,10 @@ class FixedSize(ExampleLevel):
         return np.array(fixed_size(range(self.examples), self.batch_size, source))
 
 
+FAR = 6
+"""Standard errors: secret noise is another one in each run of the tests, so what is rare would still be seen."""
+
+
 def noise_of(kind: type[ExampleLevel], steps: int, repeats: int) -> Values:
     """The noise in changes of trainings without a signal (no label counts), in units of what is charged."""
     adapted, count = model_of("bert"), 30
@@ -368,8 +372,8 @@ def noise_of(kind: type[ExampleLevel], steps: int, repeats: int) -> Values:
 def test_the_change_has_the_noise_that_is_charged(kind: type[ExampleLevel], honest: bool, steps: int) -> None:
     """An eighth of the batches is empty; every step of a training adds its own noise."""
     noise = noise_of(kind, steps, 40 // steps)
-    assert abs(noise.mean()) < 4 / sqrt(noise.size) or not honest
-    assert (abs((noise**2).mean() - 1) < 4 * sqrt(2 / noise.size)) == honest
+    assert abs(noise.mean()) < FAR / sqrt(noise.size) or not honest
+    assert (abs((noise**2).mean() - 1) < FAR * sqrt(2 / noise.size)) == honest
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ from fedapt.protocols.spec import RunSpec
 
 SECRET = SecretRandomness()
 
+FAR = 6
+"""Standard errors. Secret noise is another one in each run of the tests, so what is rare would still be seen: 4 is, once in
+some thousand runs. The planted bug is 20 away."""
+
 
 def gradients_of(count: int, dimensions: int, seed: int) -> Floats:
     return np.random.default_rng(seed).standard_cauchy((count, dimensions)).astype(np.float32)
@@ -163,8 +167,8 @@ def test_noise_has_the_moments_that_are_charged(kind: type[ExampleLevel], honest
     mechanism = kind(2.0, 0.8, 4, 40, 30_000)
     sums = [mechanism.bounded(np.zeros((count, 30_000), np.float32))]
     noise = mechanism.release(sums, SECRET) * mechanism.expected / mechanism.event(1, secret=True).noise_std
-    assert abs(noise.mean()) < 4 / sqrt(noise.size)
-    assert (abs(noise.var() - 1) < 4 * sqrt(2 / noise.size)) == honest
+    assert abs(noise.mean()) < FAR / sqrt(noise.size)
+    assert (abs(noise.var() - 1) < FAR * sqrt(2 / noise.size)) == honest
 
 
 def test_a_clip_of_the_sum_would_be_seen() -> None:
