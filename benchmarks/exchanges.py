@@ -6,6 +6,8 @@ The nodes live in processes of their own, one or more, each node with its own co
 loss costs nothing, so that the link and the log are what is measured. CPU time is of the second half of a run, as the
 rate is. Bytes are counted by a proxy, frame by frame of HTTP/2, on a run of its own. The store is SQLite with
 synchronous=FULL: no step is sent before it is on disk.
+
+Beside it, in the same run, what gRPC alone makes of it: as many streams, messages of the same sizes, and nothing else.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -47,6 +50,8 @@ START = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
 DIRECTIONS = 16
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 """As a site has it: no two nodes share a connection."""
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
 
 FRAMES = {0: "DATA", 6: "PING", 8: "WINDOW_UPDATE"}
 
@@ -163,11 +168,7 @@ def measure(nodes: int, exchanges: int, processes: int, folder: Path, *, counted
         half: list[dict[str, float]] = []
 
         def spent() -> dict[str, float]:
-            others = [psutil.Process(worker.pid).cpu_times() for worker in workers]
-            return {
-                "server": time.process_time(),
-                "nodes": sum(cpu.user + cpu.system for cpu in others),
-            } | counter.counts
+            return {"server": time.process_time(), "nodes": cpu_of(*workers)} | counter.counts
 
         def progress(_: Progress) -> None:
             moments.append(time.perf_counter())
@@ -190,6 +191,66 @@ def measure(nodes: int, exchanges: int, processes: int, folder: Path, *, counted
     }
 
 
+DOWN, UP = bytes(179), bytes(20)
+"""A message of an exchange with 8 nodes, each way."""
+
+
+def bare_nodes(port: int, nodes: int) -> None:
+    async def node() -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", OPTIONS) as channel:
+            stream: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream("/bare/Open")()
+            await stream.write(UP)
+            while isinstance(await stream.read(), bytes):
+                await stream.write(UP)
+
+    async def stay() -> None:
+        await asyncio.gather(*(node() for _ in range(nodes)))
+
+    asyncio.run(stay())
+
+
+async def bare(nodes: int, exchanges: int) -> dict[str, float]:
+    """As `measure`, of messages that nobody reads or makes: write to all, read from all, again."""
+    streams: asyncio.Queue[Context] = asyncio.Queue()
+    over = asyncio.Event()
+
+    async def opened(_: object, context: Context) -> None:
+        await context.read()
+        streams.put_nowait(context)
+        await over.wait()
+
+    async def exchanged(context: Context) -> None:
+        await context.write(DOWN)
+        await context.read()
+
+    server = grpc.aio.server()
+    handlers: dict[str, Any] = {"Open": grpc.stream_stream_rpc_method_handler(opened)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    worker = multiprocessing.get_context("spawn").Process(target=bare_nodes, args=(port, nodes), daemon=True)
+    worker.start()
+    all_streams = [await streams.get() for _ in range(nodes)]
+    began, server_began, nodes_began = time.perf_counter(), time.process_time(), cpu_of(worker)
+    for _ in range(exchanges):
+        await asyncio.gather(*map(exchanged, all_streams))
+    figures = {
+        "per_second": exchanges / (time.perf_counter() - began),
+        "server_cpu_ms": 1000 * (time.process_time() - server_began) / exchanges,
+        "nodes_cpu_ms": 1000 * (cpu_of(worker) - nodes_began) / exchanges,
+    }
+    over.set()
+    worker.terminate()
+    await server.stop(0)
+    return figures
+
+
+def cpu_of(*processes: multiprocessing.process.BaseProcess) -> float:
+    """Seconds that these processes have computed."""
+    times = [psutil.Process(process.pid).cpu_times() for process in processes]
+    return float(sum(cpu.user + cpu.system for cpu in times))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=8)
@@ -200,7 +261,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             sizes = options.nodes, options.exchanges, options.processes
             figures = measure(*sizes, Path(folder), counted=counted)
-        print(json.dumps({"counted": counted} | {name: round(value, 2) for name, value in figures.items()}))
+        show({"counted": counted}, figures)
+    show({"bare": True}, asyncio.run(bare(options.nodes, options.exchanges)))
+
+
+def show(what: dict[str, bool], figures: dict[str, float]) -> None:
+    print(json.dumps(what | {name: round(value, 2) for name, value in figures.items()}), flush=True)
 
 
 if __name__ == "__main__":
