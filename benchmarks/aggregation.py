@@ -68,7 +68,9 @@ def dominant(updates: Round) -> dict[str, float]:
 
 
 def whole_round(updates: Round) -> dict[str, float]:
-    return {"aggregation error": aggregate(RECIPES["flexlora"], Recipe(name="flexlora"), updates).error}
+    error = aggregate(RECIPES["flexlora"], Recipe(name="flexlora"), updates).error
+    assert error is not None
+    return {"aggregation error": error}
 
 
 def measure(way: Callable[[Round], dict[str, float]], shape: str, noise: float, results: Any) -> None:

@@ -5,18 +5,23 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from decimal import ROUND_CEILING, Context
 from math import isfinite
 from pathlib import Path
 
 from ..privacy.accounting import Account
 from ..privacy.events import Event
-from ..privacy.ledger import Ledger, SiteLedger
+from ..privacy.ledger import NO_ROOM, Ledger, SiteLedger
 from ..protocols.errors import OutputError, PrivacyError
 from ..protocols.update import Assignment
 from .policy import UNTOLD, RefusalError
 
 OPEN_FILES = 64
 """Ledgers of so many nodes stay open; a simulation may charge more nodes than a process may have files."""
+
+STATED = Context(prec=2, rounding=ROUND_CEILING)
+"""How ε is told. A cap of two digits is never passed by what is told."""
 
 LEDGER = "ledger.sqlite"
 """A real site's ledger, in its folder of accounts."""
@@ -55,11 +60,22 @@ class Accounts:
             raise RefusalError(f"{error}{caps}", told=passed) from None
 
     def spent(self, asked: Assignment, delta: float) -> Account:
-        """What the node has spent in the run."""
-        return self._ledger(asked.node, asked.run).spent(delta)
+        """What the node has spent in the run, as it may tell the server: ε is rounded up to two digits.
+
+        Noise and rounds are public, so the exact ε would give away the share of its examples that a step draws, and with
+        it their number. What is rounded up is an upper bound still; `ledger` has the exact one.
+        """
+        account = self.ledger(asked.node, asked.run).spent(delta)
+        return replace(account, epsilon=float(STATED.create_decimal_from_float(account.epsilon)))
+
+    def ledger(self, node: int, run: str | None) -> Ledger:
+        """The account of one run, or of all."""
+        if self.folder is None:
+            return self._memory.get((node, run), Ledger({}))
+        return self._file(node).ledger(run)
 
     def _remember(self, asked: Assignment, event: Event, delta: float, caps: dict[str | None, float]) -> None:
-        before = {run: self._ledger(asked.node, run) for run in caps}
+        before = {run: self.ledger(asked.node, run) for run in caps}
         for run, ledger in before.items():
             ledger.require(event, caps[run], delta)
         self._memory |= {(asked.node, run): ledger.after([event]) for run, ledger in before.items()}
@@ -72,18 +88,12 @@ class Accounts:
         ]
         try:
             for run, cap, clause in caps:
-                if not self._ledger(asked.node, run).allows(event, cap, delta):
-                    above = f"one more round would bring epsilon above {cap:g} at delta = {delta:g}: {clause}"
+                if not self.ledger(asked.node, run).allows(event, cap, delta):
+                    above = f"{NO_ROOM} {cap:g} at delta = {delta:g}: {clause}"
                     return f"{above}. Way out: stop here, or from the start more noise or fewer rounds"
         except PrivacyError:  # the ledger is broken, or an accountant cannot read the event
             pass
         return UNTOLD
-
-    def _ledger(self, node: int, run: str | None) -> Ledger:
-        """The account of one run, or of all."""
-        if self.folder is None:
-            return self._memory.get((node, run), Ledger({}))
-        return self._file(node).ledger(run)
 
     def _file(self, node: int) -> SiteLedger:
         path = self._path(node)

@@ -20,7 +20,7 @@ from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.legality import RANKED, recipe_of
 from ..protocols.shared import SharedAdapter
 from ..protocols.spec import Local, RunSpec
-from ..protocols.update import Assignment, Description, Update
+from ..protocols.update import Assignment, Description, Update, refused
 from .accounts import Accounts
 from .adapted import AdaptedModel
 from .batches import plan_batches
@@ -166,8 +166,8 @@ class Client:
         """
         self.reasons = {}
         if self.objections:
-            return [_refused(asked, " ".join(self.objections)) for asked in assignments]
-        updates = {asked: _refused(asked, reason) for asked in assignments if (reason := self._too_large(asked))}
+            return [refused(asked, " ".join(self.objections)) for asked in assignments]
+        updates = {asked: refused(asked, reason) for asked in assignments if (reason := self._too_large(asked))}
         alike: dict[tuple[int, bytes], list[_Started]] = {}
         for started in self._started([asked for asked in assignments if asked not in updates]):
             alike.setdefault((started.asked.round, started.received.fixed), []).append(started)
@@ -339,7 +339,8 @@ class Client:
     def _update(self, started: _Started, outcome: _Outcome) -> Update:
         asked = started.asked
         if outcome.refusal:
-            return _refused(asked, outcome.refusal)
+            return refused(asked, outcome.refusal)
+        payload, error = (b"", {}) if outcome.change is None else self._encoded(started, outcome.change)
         return Update(
             run=asked.run,
             round=asked.round,
@@ -348,8 +349,8 @@ class Client:
             version=asked.version,
             kind="empty" if outcome.change is None else "delta",
             weight=self._weight(asked.node),
-            payload=b"" if outcome.change is None else self._encoded(started, outcome.change),
-            metrics=self._metrics(asked, outcome),
+            payload=payload,
+            metrics=self._metrics(asked, outcome) | error,
         )
 
     def _weight(self, node: int) -> float:
@@ -365,15 +366,24 @@ class Client:
             metrics |= {"epsilon": account.epsilon, "private": float(account.private)}
         return metrics
 
-    def _encoded(self, started: _Started, change: Flat) -> bytes:
+    def _encoded(self, started: _Started, change: Flat) -> tuple[bytes, dict[str, float]]:
+        """The payload, and the error of its codec: a number about private data, which no private run sends.
+
+        With feedback the error is of the change and what was left of before, because that is what is coded: a part that
+        is left out is late and not lost.
+        """
         asked, uplink = started.asked, uplink_of(self.spec)
         key = derive(self.spec.run.seed, "rounding", asked.round, asked.node)
         own = self.shared.sent(asked.round, asked.rank)
         information = self._information(started, change) if uplink.informed else None
         change = self.shared.sent(asked.round).cut(change, own)
         if self.feedback is None:
-            return uplink.encode(change, information, own, key)
-        return self.feedback.encode(asked, change, started.received.rotations, uplink.codec, key)
+            payload = uplink.encode(change, information, own, key)
+        else:
+            rotations = started.received.rotations
+            payload = self.feedback.encode(asked, change, rotations, uplink.codec, key)
+            change = self.feedback.corrected(asked, change, rotations)
+        return payload, {"codec_error": uplink.error(change, payload, own)} if self.spec.privacy.unit == "none" else {}
 
     def _information(self, started: _Started, change: Flat) -> Flat:
         """How sure the node is of each value that it sends, where its training has come to."""
@@ -382,18 +392,3 @@ class Client:
         measure = FisherInformation(self.adapted, self._forward, trained, self.spec.local)
         at = started.received.trained + change
         return measure.diagonal(self.sites.examples, drawn(self._own(asked.node), self.spec, asked), at)
-
-
-def _refused(asked: Assignment, reason: str) -> Update:
-    """The answer that tells nothing but why: no weight, which could be the number of examples, and no metrics."""
-    return Update(
-        run=asked.run,
-        round=asked.round,
-        attempt=asked.attempt,
-        node=asked.node,
-        version=asked.version,
-        kind="refused",
-        weight=0.0,
-        payload=b"",
-        reason=reason,
-    )

@@ -38,6 +38,14 @@ Unit = Literal["none", "example", "client"]
 Bound = Annotated[PositiveFloat, Field(strict=True)]
 Whole = Annotated[Positive, Field(strict=True)]
 
+MOST_NOISE = 250_000.0
+"""The most noise that a run can state: more has no exact grid (`privacy/noise.py`), even for one number and a clip of 1."""
+
+MOST_EPSILON = 1e6
+"""A larger cap would hold nothing: one step with the least noise that accountants know costs half of it."""
+
+Cap = Annotated[Bound, Field(le=MOST_EPSILON)]
+
 MOST_STEPS = 100_000
 """Of one round, where the site does not say: days of work."""
 
@@ -105,12 +113,12 @@ class Policy(Section):
     most_steps: Whole | None = None
     most_epochs: Bound = 1000.0
     most_batch: Whole = 16_384
-    most_length: Whole = 65_536
+    most_length: Annotated[Whole, Field(ge=2)] = 65_536
     most_rounds: Whole = 1_000_000
-    least_noise: Bound | None = None
+    least_noise: Annotated[Bound, Field(le=MOST_NOISE)] | None = None
     most_clip: Bound | None = None
-    most_epsilon_per_run: Bound | None = None
-    most_epsilon: Bound | None = None
+    most_epsilon_per_run: Cap | None = None
+    most_epsilon: Cap | None = None
     delta: Annotated[float, Field(strict=True, ge=LEAST_DELTA, lt=1)] = 1e-5
 
     @classmethod
@@ -268,6 +276,8 @@ class Policy(Section):
         return [_problem(refused, f'recipe.name = "{self.recipes[0]}"')]
 
     def _of_steps(self, spec: RunSpec) -> list[str]:
+        if recipe_named(spec.recipe.name).zeroth:  # an exchange is one batch, and its spec can state no steps
+            return []
         most, steps = self.most_steps, spec.local.steps
         if most is None and steps is None:
             return _above("local.epochs", spec.local.epochs or 1.0, "most_epochs", self.most_epochs)

@@ -4,14 +4,17 @@ What bounds, sums, noises and divides the gradients of drawn examples is `privac
 step on a noised gradient, which is post-processing (Abadi et al., arXiv 1607.00133, algorithm 1).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Self
 
 import numpy as np
 import torch
 
 from ..kernels.cohort import Forward, Looped, Stack
+from ..privacy.accounting import too_large
 from ..privacy.events import GaussianEvent
 from ..privacy.example_level import ExampleLevel, example_level_of
 from ..privacy.noise import Values
@@ -25,6 +28,8 @@ from .example_gradients import ExampleGradients
 from .hooked import hooks_that_agree
 from .tasks import Examples, Indices
 from .trainer import Member, Trained, _optimizer
+
+logger = logging.getLogger(__name__)
 
 PROBED = 3
 """Rows on which Opacus' hooks are compared with one example after another."""
@@ -114,6 +119,13 @@ def require_whole_rows(spec: RunSpec, examples: Examples) -> None:
         )
 
 
+@cache  # it stands in the log once, and not for each round
+def warn_of_delta(delta: float, examples: int) -> None:
+    """Say in the log of this machine, and nowhere else, that a run's δ promises nothing to so many examples."""
+    if warning := too_large(delta, examples, "examples held here"):
+        logger.warning(warning)
+
+
 def private_trainer(
     adapted: AdaptedModel, forward: Forward, trained: AdapterLayout, local: Local, spec: RunSpec
 ) -> PrivateTrainer:
@@ -123,8 +135,9 @@ def private_trainer(
     """
 
     def mechanism(member: Member) -> ExampleLevel:
-        steps = len(member.batches) * spec.run.rounds
-        return example_level_of(spec, len(member.batches[0]), trained.size, steps)
+        steps, examples = len(member.batches) * spec.run.rounds, len(member.batches[0])
+        warn_of_delta(spec.privacy.delta, examples)
+        return example_level_of(spec, examples, trained.size, steps)
 
     def source(member: Member) -> Randomness:
         return randomness_of(spec.privacy, derive(member.dropout_key, "private"))

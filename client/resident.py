@@ -21,7 +21,7 @@ from ..protocols.exchange import Answer, Exchange
 from ..protocols.layout import Flat
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
-from ..protocols.update import Assignment, Description, Update
+from ..protocols.update import Assignment, Description, Update, refused
 from .accounts import SiteAccounts
 from .evaluation import score
 from .exchanger import Exchanger
@@ -143,7 +143,7 @@ class Resident:
             objections.append(f"round {asked.round} of a run of {spec.run.rounds}")
         own = ""
         if objections:
-            update = _refused(asked, " ".join(objections))
+            update = refused(asked, " ".join(objections))
         else:
             client = self._client(spec).client
             self.halfway.begin(_identity(spec, asked))
@@ -245,8 +245,3 @@ def _result(
     question: pb.Question, *, payload: bytes = b"", weight: float = 0.0, metrics: Mapping[str, float] | None = None
 ) -> pb.Result:
     return pb.Result(question=question.id, weight=weight, metrics=metrics or {}, payload=link.blob(payload))
-
-
-def _refused(asked: Assignment, reason: str) -> Update:
-    own = (asked.run, asked.round, asked.attempt, asked.node, asked.version)
-    return Update(*own, kind="refused", weight=0.0, payload=b"", reason=reason)

@@ -28,6 +28,7 @@ from .batches import plan_batches
 from .client import Client
 from .exchanger import Exchanger, Probe, Slopes
 from .policy import told
+from .private import warn_of_delta
 from .tasks import Indices
 from .zeroth import Ask, Probing
 
@@ -97,6 +98,7 @@ class ClientProber:
 
     def _mechanism(self, examples: int, directions: int) -> ExampleLevel:
         """Noise is solved for as if the node took part in every exchange: it can take part in no more."""
+        warn_of_delta(self.spec.privacy.delta, examples)
         return example_level_of(self.spec, examples, directions, self.spec.run.rounds)
 
     def _over(self, rows: Indices) -> Probing:

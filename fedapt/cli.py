@@ -256,18 +256,19 @@ def adapter_merge(
     folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="LoRA folders in peft's format.")],
     *,
     out: Annotated[Path, typer.Option(help="The folder to write: an adapter of the same base.")],
-    method: Annotated[str, typer.Option(help="mean, soup (equal weights), ties, breadcrumbs or pcb.")] = "mean",
+    method: Annotated[str, typer.Option(help="mean, soup, ties, breadcrumbs, pcb, greedy-soup or fisher.")] = "mean",
     weights: Annotated[str | None, typer.Option(metavar="W,W", help="One for each adapter; equal if left out.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the result; the inputs' largest if left out.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that ties, breadcrumbs, pcb keep.")] = None,
     scale: Annotated[float, typer.Option(help="Factor on the change; breadcrumbs adds adapters up, so try 1/K.")] = 1.0,
+    data: Annotated[Path | None, typer.Option(help="Held-out rows, which greedy-soup and fisher look at.")] = None,
     as_json: Json = False,
 ) -> None:
     """Merge LoRA adapters of one base into one: their products B·A, not their factors. Reports what the rank loses."""
     from .merging import merge_adapters, merged_text, parse_weights
 
     numbers = parse_weights(weights)
-    facts = merge_adapters(folders, out, method, weights=numbers, rank=rank, density=density, scale=scale)
+    facts = merge_adapters(folders, out, method, weights=numbers, rank=rank, density=density, scale=scale, data=data)
     _emit(facts, as_json, merged_text(facts))
 
 

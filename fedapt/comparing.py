@@ -31,7 +31,7 @@ from .svg import count, duration, measured, size
 @dataclass(frozen=True)
 class Run:
     """One line of a comparison. `best` is an evaluation as it was stored; errors are relative
-    and of the averaging, before the server's own step; None: not measured."""
+    and of the averaging, before the server's own step, or of the codec, a mean over nodes; None: not measured."""
 
     name: str
     folder: str
@@ -44,6 +44,7 @@ class Run:
     bytes_moved: int
     mean_aggregation_error: float | None
     last_aggregation_error: float | None
+    mean_codec_error: float | None
     effective_rank: float | None
     seconds: float
     simulated_seconds: float | None = None
@@ -51,7 +52,7 @@ class Run:
     def cells(self, metric: Metric, *, clocked: bool = False) -> list[str]:
         """What follows the name, as a person reads it; `clocked`: the simulated time too."""
         simulated_time = "–" if self.simulated_seconds is None else duration(self.simulated_seconds)
-        errors = (self.mean_aggregation_error, self.last_aggregation_error)
+        errors = (self.mean_aggregation_error, self.last_aggregation_error, self.mean_codec_error)
         return [
             self.recipe,
             count(self.rounds),
@@ -106,7 +107,7 @@ class Comparison:
         return any(run.simulated_seconds is not None for run in self.runs)
 
     def _titles(self) -> list[str]:
-        cost = ["Down", "Up", "Bytes moved", "Mean error", "Last error", "Effective rank", "Time"]
+        cost = ["Down", "Up", "Bytes moved", "Mean error", "Last error", "Codec error", "Effective rank", "Time"]
         cost += ["Simulated time"] * self._clocked
         return ["Run", "Recipe", "Rounds", f"Best {self.metric.key}", "In round", *cost]
 
@@ -148,8 +149,10 @@ def _run(curve: Curve, metric: Metric, spec: RunSpec, folder: Path) -> Run:
     if not scores:
         raise DataError(f"{folder}: none of its {len(curve.rows)} rounds has an evaluation that the others have too")
     best_round, best = min(scores, key=lambda score: -score[1] if metric.key == "accuracy" else score[1])
-    errors = [error for row in curve.rows if (error := read(row, "aggregation_error")) is not None]
-    ranks = [rank for row in curve.rows if (rank := read(row, "effective_rank")) is not None]
+    errors, coded, ranks = (
+        [value for row in curve.rows if (value := read(row, key)) is not None]
+        for key in ("aggregation_error", "codec_error", "effective_rank")
+    )
     down, up = (int(bytes_moved(curve, key)[-1]) for key in ("bytes_down", "bytes_up"))
     return Run(
         name=curve.label,
@@ -163,6 +166,7 @@ def _run(curve: Curve, metric: Metric, spec: RunSpec, folder: Path) -> Run:
         bytes_moved=down + up,
         mean_aggregation_error=fmean(errors) if errors else None,
         last_aggregation_error=errors[-1] if errors else None,
+        mean_codec_error=fmean(coded) if coded else None,
         effective_rank=ranks[-1] if ranks else None,
         seconds=sum(seconds_of(curve.rows)),
         simulated_seconds=simulated(curve.rows),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from .client.batches import steps_of
-from .privacy.accounting import spent
+from .privacy.accounting import spent, too_large
 from .privacy.banded import banded_of
 from .privacy.events import Event
 from .privacy.example_level import example_level_of
@@ -48,8 +48,8 @@ class Forecast:
                 f". Above {DROWNS:g} such a run cannot learn: allow more ε, train fewer parameters, or take more nodes "
                 "(or larger batches)"
             )
-        if self.delta is not None and self.delta * self.protected >= 1:
-            line += f". delta is not below 1 / {self.protected:,}, so the promise may be broken for one of them"
+        if self.delta is not None and (warning := too_large(self.delta, self.protected, f"{self.unit}s")):
+            line += f". {warning}"
         return line
 
 

@@ -249,6 +249,7 @@ def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
         ("Evaluation loss", ("evaluation", "loss"), measured),
         *([own] if metric is not _LOSS else []),
         ("Aggregation error", ("aggregation_error",), lambda v: measured(v, 2)),
+        ("Codec error", ("codec_error",), lambda v: measured(v, 2)),
         ("Effective rank", ("effective_rank",), lambda v: measured(v, 3)),
         ("ε spent", ("epsilon",), lambda v: measured(v, 3)),
         ("Down", ("bytes_down",), size),

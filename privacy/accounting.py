@@ -98,6 +98,16 @@ def spent(events: Iterable[Event], delta: float, crosschecks: Collection[Crossch
     return Account(epsilon, delta, method, private, found)
 
 
+def too_large(delta: float, units: int, of: str) -> str:
+    """Why δ promises nothing to so many units (`of` names them, "clients" for one); empty where it does."""
+    if delta * units < 1:
+        return ""
+    return (
+        f"privacy.delta = {delta:g} is not below 1 / {units:,}, one over the number of {of}: publishing one of them outright "
+        "would keep that promise. Choose a smaller delta"
+    )
+
+
 def headline(events: Iterable[Event], delta: float, coarseness: float = 1.0) -> tuple[float, Method]:
     """ε and the name of its bound; `spent` is this with the rest of the account.
 

@@ -19,6 +19,9 @@ from .accounting import MOST_MULTIPLIER, MOST_RELEASES, Account, Crosscheck, hea
 from .chain import Chain, Entry, append, charged, locked, opened
 from .events import Event, MatrixEvent, from_json, to_json
 
+NO_ROOM = "one more round would bring epsilon above"
+"""How a node's refusal begins whose cap leaves no room: by these words a server knows that asking again is of no use."""
+
 COARSE = 10.0
 """The grid on which a cap is first compared: three times faster, and its ε is never smaller."""
 

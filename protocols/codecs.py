@@ -10,6 +10,7 @@
 | seed-projection | `coefficients`·`values` / d  | unbiased, about √(d/K) of the vector | `projection.py` |
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,21 @@ class Uplink:
         """Both as bytes; each is fp32, (layout.size,), and `information` is None where the run is not informed."""
         payload = self.codec.encode(change, layout, key)
         return payload if information is None else payload + CODECS["bf16"].encode(information, layout, key)
+
+    def error(self, change: Flat, payload: bytes, layout: AdapterLayout) -> float:
+        """‖decoded − change‖ / ‖change‖ (L2, over the whole layout): what the codec lost of what it was given.
+
+        0 where there was nothing to code, NaN where the payload will be refused. The information does not count.
+        """
+        if isinstance(self.codec, Fp32):
+            return 0.0
+        try:
+            decoded = self.codec.decode(payload[: self.codec.size(layout)], layout)
+        except PayloadError:
+            return math.nan
+        exact = change.astype(np.float64)
+        wanted = float(np.linalg.norm(exact))
+        return float(np.linalg.norm(decoded - exact)) / wanted if wanted > 0 else 0.0
 
     def decode(self, payload: bytes, layout: AdapterLayout) -> tuple[Flat, Flat | None]:
         """The change and the information that were meant.

@@ -70,3 +70,9 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     rank: int | None = None
+
+
+def refused(asked: Assignment, reason: str) -> Update:
+    """The answer that tells nothing but why: no weight, which could be the number of examples, and no metrics."""
+    own = (asked.run, asked.round, asked.attempt, asked.node, asked.version)
+    return Update(*own, kind="refused", weight=0.0, payload=b"", reason=reason)

@@ -36,9 +36,9 @@ def advance(
     *,
     number: int,
     score: Score | None = None,
-) -> tuple[Flat, Buffers, float]:
+) -> tuple[Flat, Buffers, float | None]:
     """The state that round `number + 1` starts from, its buffers, and the aggregation error of round `number`
-    (of its averaging, before the server's own step: `aggregation.aggregate`).
+    (of its averaging, before the server's own step: `aggregation.aggregate`; None where there is no pair of factors).
 
     `state` is fp32 over `shared.received(number)`; `received` is the same as it arrived at the nodes, which a lossy
     downlink rounds. Without a contribution no tensor moves. Raises SpecError where the aggregator needs a `score` and
@@ -47,7 +47,8 @@ def advance(
     if contributions and shared.settings.aggregator == "greedy-soup":
         trial = _trial(shared, state, received, buffers, number=number, score=score)
         contributions = souped(contributions, trial)
-    error, state, buffers = 0.0, state.copy(), dict(buffers)
+    error: float | None = 0.0 if shared.layout.pairs else None
+    state, buffers = state.copy(), dict(buffers)
     if contributions:
         recipe, settings = shared.recipe, shared.settings
         stepped, whole = shared.stepped(number), recipe.stepped(shared.layout, number)

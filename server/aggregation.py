@@ -29,11 +29,11 @@ STACKED, SETTLED = 256, 1e-6
 @dataclass(frozen=True)
 class Aggregate:
     """`change` is fp32 over the layout that the recipe steps; `error` is relative, and of `change` as it is, before the
-    server's own step; `residual` is what the server keeps for the next round (fp32, over `residual_layout`; of size 0 for
-    most recipes)."""
+    server's own step (None: there is no pair of factors); `residual` is what the server keeps for the next round (fp32,
+    over `residual_layout`; of size 0 for most recipes)."""
 
     change: Flat
-    error: float
+    error: float | None
     residual: Flat
 
 
@@ -45,7 +45,7 @@ def aggregate(
     `residual` is what the last round left (None before the first). The error is
     `‖mean(B_k·A_k) − B̂·Â‖ / ‖mean(B_k·A_k)‖` over all modules together (Frobenius), where what the recipe sends as
     frozen factors counts as not lost, and what stays at the server counts as lost until it is sent; 0 where nothing
-    was learned. It is the error of averaging: `B̂·Â` is the adapter after the change alone, before the server's own step,
+    was learned, None where there is no pair of factors, and so no product to miss. It is the error of averaging: `B̂·Â` is the adapter after the change alone, before the server's own step,
     whose learning rate and momentum (`optimizers.py`) have no part in it. Under a rule on distances the mean has the
     rule's weights.
     """
@@ -74,7 +74,8 @@ def aggregate(
             length, distance = mean.norm_and_distance(_moved(module, step))
         wanted += length**2
         missed += distance**2
-    return Aggregate(change, float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0, left)
+    error = float(np.sqrt(missed / wanted)) if wanted > 0 else 0.0
+    return Aggregate(change, error if layout.pairs else None, left)
 
 
 def residual_layout(recipe: Recipe, settings: Settings, layout: AdapterLayout) -> AdapterLayout:

@@ -30,6 +30,7 @@ from .grid import Failure, NodeGrid
 from .optimizers import Buffers
 from .participation import draw, wanted
 from .private import OWN_BUFFERS, BandedLevel, ClientLevel, client_level
+from .quorum import Quorum
 from .rounds import Contribution, evaluation_of
 from .settling import effective_rank
 from .store import Row, Snapshot, Store
@@ -40,7 +41,7 @@ CHANGEABLE = {"rounds", "evaluate_every", "patience"}
 """What of `[run]` may differ when a run goes on: how long it is and when it is looked at, never what it computes."""
 
 LARGEST_LOSS = 1e30
-"""A node's loss from here on is left out of the round's row, which one node could otherwise make infinite."""
+"""A node's loss, or error, from here on is left out of the round's row, which one node could otherwise make infinite."""
 
 Evaluate = Callable[[Flat], Mapping[str, float]]
 """A whole adapter (fp32, the layout's size) ⇒ metrics; injected, because the server does not load the model."""
@@ -58,7 +59,7 @@ class Progress:
 
 
 class Coordinator:
-    """Runs one federated training to its end.
+    """Runs one federated training to its end. `ending` is why it came before `run.rounds`, where a cap on ε brought it.
 
     Raises SpecError where the store holds another spec under this name, or where the aggregator needs an `evaluate`
     and there is none.
@@ -84,18 +85,21 @@ class Coordinator:
         self.layout = self.description.layout
         self.shared = self._shared(self.description)
         self.private = self._private()
+        self.quorum, self.ending = Quorum(spec), ""
 
     def rounds(self) -> Iterator[Row]:
         """Run what is left, yielding the row of each round when it is committed.
 
         Ends after `run.rounds` rounds, when `run.patience` evaluations have passed without progress, or when one more
-        round would pass `privacy.epsilon`.
+        round would pass `privacy.epsilon`, here or at the nodes.
         """
         while True:
             rows = self.store.rows(self.run)
             if len(rows) > self.spec.run.rounds or self._out_of_patience(rows) or self._spent():
                 return
-            yield self._round(rows)
+            if (row := self._round(rows)) is None:
+                return
+            yield row
 
     def adapter(self, round_: int | None = None) -> Flat:
         """The whole adapter after a round that was kept: the last by default, or the best."""
@@ -135,7 +139,8 @@ class Coordinator:
     def _shared(self, description: Description) -> SharedAdapter:
         return SharedAdapter(self.recipe, self.spec.recipe, description.layout, description.start)
 
-    def _round(self, rows: Sequence[Row]) -> Row:
+    def _round(self, rows: Sequence[Row]) -> Row | None:
+        """One round to its commit; None where nodes' caps on ε leave too few of them for it."""
         started = time.monotonic()
         round_, snapshot = len(rows), self.store.snapshot(self.run)
         if isinstance(self.grid, Clocked):
@@ -143,19 +148,23 @@ class Coordinator:
         assignments = self._assigned(round_, snapshot.state, self._open(round_), self.shared.delivered)
         simulated = self.grid.expect(list(assignments.values())) if isinstance(self.grid, Clocked) else {}
         failures = self._collect(round_, assignments)
-        updates = self.store.contributions(self.run, round_)
-        self._require_enough(round_, len(assignments), len(updates), failures)
+        refusals, came = self.store.refusals(self.run, round_), self.store.contributions(self.run, round_)
+        reasons = [*refusals, *((failure.node, failure.reason) for failure in failures)]
+        updates = self.quorum.taken(f"round {round_}", assignments, came, reasons, self.grid.nodes)
+        if updates is None:
+            self._end(self.quorum.ending)
+            return None
         after, error, events = self._release(snapshot, round_, [u for u in updates if u.kind == "delta"])
         adapter = self.shared.whole(after.state, round_ + 1)
         row: Row = {"round": round_}
         if self.private is None:
             row |= {
                 **_describe(updates),
-                "refused": len(self.store.refusals(self.run, round_)),
+                "refused": len(refusals),
                 "failed": len(failures),
                 "aggregation_error": error,
                 "bytes_down": sum(len(a.payload) for a in assignments.values()),
-                "bytes_up": sum(len(u.payload) for u in updates),
+                "bytes_up": sum(len(u.payload) for u in came),
             }
         else:  # who answered, and how its training went, is what must stay hidden
             row |= self._expected_bytes(round_)
@@ -167,24 +176,11 @@ class Coordinator:
                 row["evaluation"] = dict(self.evaluate(adapter))
             if self.spec.participation.evaluates:
                 row |= self._scored(round_, after.state)
-        row["seconds"] = round(time.monotonic() - started, 4)
+        if self.private is None:  # the more nodes were drawn, the longer a round takes, and rows are for everybody
+            row["seconds"] = round(time.monotonic() - started, 4)
         best = best_round([*rows, row])
         self.store.commit(self.run, after, row, kept=[] if best is None else [best], events=events)
         return row
-
-    def _require_enough(self, round_: int, asked: int, updates: int, failures: Sequence[Failure]) -> None:
-        """A private round is released whoever has failed, unless the spec says otherwise: that it was not would tell."""
-        minimum = self.spec.participation.minimum
-        least = min(minimum if self.private else max(1, minimum), asked)
-        if updates >= least:
-            return
-        reasons = [reason for _, reason in self.store.refusals(self.run, round_)] + [f.reason for f in failures]
-        raise RunError(
-            f"round {round_}: {updates} of {asked} nodes delivered an update within "
-            f"{self.spec.participation.deadline_seconds:g} s, and {least} are needed "
-            f"({reasons[0] if reasons else 'no answer'}). "
-            "The round stays open: start the run again to go on with it."
-        )
 
     def _scored(self, round_: int, state: Flat) -> Row:
         """How the nodes that are here find the adapter on their own data."""
@@ -201,8 +197,12 @@ class Coordinator:
         """Whether one more round would pass the cap."""
         if self.private is None or self.private.allows(self.store.ledger(self.run)):
             return False
-        logger.warning("one more round would pass privacy.epsilon = %g: the run ends here", self.spec.privacy.epsilon)
+        self._end(f"one more round would pass privacy.epsilon = {self.spec.privacy.epsilon:g}: the run ends here")
         return True
+
+    def _end(self, why: str) -> None:
+        logger.warning(why)
+        self.ending = why
 
     def _epsilon(self, events: Sequence[Event]) -> Row:
         """What the run has spent with `events`; nothing where nothing is charged here."""
@@ -319,7 +319,7 @@ class Coordinator:
 
     def _release(
         self, before: Snapshot, round_: int, updates: Sequence[Update]
-    ) -> tuple[Snapshot, float, Sequence[Event]]:
+    ) -> tuple[Snapshot, float | None, Sequence[Event]]:
         """The state after the round, the aggregation error, and what the round is charged with."""
         received = self._as_received(round_, before.state)
         buffers = {name: values for name, values in before.buffers.items() if name not in OWN_BUFFERS}
@@ -382,13 +382,13 @@ def _badness(metrics: Mapping[str, float]) -> float:
 
 
 def _describe(updates: Sequence[Update]) -> Row:
-    """How the nodes of a round fared: counts, and the spread of their mean training losses."""
-    reported = [update.metrics.get("loss", math.nan) for update in updates]
-    losses = [loss for loss in reported if abs(loss) < LARGEST_LOSS]
-    row: Row = {
-        "nodes": sum(update.kind == "delta" for update in updates),
-        "empty": sum(update.kind == "empty" for update in updates),
-    }
+    """How the nodes of a round fared: counts, the spread of their mean training losses, and the mean error of codecs."""
+    losses = [x for update in updates if abs(x := update.metrics.get("loss", math.nan)) < LARGEST_LOSS]
+    errors = [x for update in updates if 0 <= (x := update.metrics.get("codec_error", math.nan)) < LARGEST_LOSS]
+    kinds = [update.kind for update in updates]
+    row: Row = {"nodes": kinds.count("delta"), "empty": kinds.count("empty")}
+    if errors:
+        row["codec_error"] = float(np.mean(errors))
     stated = [update.metrics["epsilon"] for update in updates if "epsilon" in update.metrics]
     spent = [epsilon for epsilon in stated if 0 <= epsilon < math.inf]
     if spent:  # at the nodes: each example is in one of them, so what counts is the node with the largest

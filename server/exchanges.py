@@ -34,6 +34,7 @@ from .log import ExchangeLog, MemoryLog, SqlLog, genesis
 from .pacing import Pace
 from .participation import cohort_size, draw
 from .private import ClientLevel
+from .quorum import Quorum
 from .reduction import Asked, Reduction
 from .settling import effective_rank
 from .store import Row, Snapshot, Store
@@ -74,7 +75,7 @@ class _Period:
 
 
 class ZerothCoordinator:
-    """Runs one zeroth-order training to its end; `run.rounds` counts exchanges.
+    """Runs one zeroth-order training to its end; `run.rounds` counts exchanges, and `ending` is as in `Coordinator`.
 
     Raises SpecError where the store holds another spec under this name, or the grid cannot exchange codes.
     """
@@ -111,6 +112,7 @@ class ZerothCoordinator:
         unit, sampling = self.spec.privacy.unit, self.spec.participation
         private = ClientLevel(self.spec, population, self.terms.directions) if unit == "client" else None
         nodes = ceil(private.mechanism.expected) if private else max(1, cohort_size(population, sampling))
+        self.quorum, self.ending = Quorum(self.spec), ""
         self.private, self.reduction = private, Reduction(self.spec, self.terms, nodes, private)
         self.pace = Pace(self.spec, nodes * self.terms.directions, self.terms.code.largest)
         self.pool = Pool(self.terms, self.spec.zeroth.importance) if self.terms.mode == "pool" else None
@@ -143,10 +145,8 @@ class ZerothCoordinator:
             row = next(logged, None)
             if row is not None:
                 self._take(Step.from_bytes(row.body))
-            elif self._spent():
+            elif self._spent() or not self._exchange():
                 break
-            else:
-                self._exchange()
             if self.spec.run.is_evaluated(self.replica.number):
                 yield self._row(rows)
                 rows = self.store.rows(self.run)
@@ -205,17 +205,17 @@ class ZerothCoordinator:
             return self.terms.code.scale_of(self.spec.privacy.clip)
         return self.terms.code.scale_of(self.spec.zeroth.clip or FIRST_CLIP)
 
-    def _exchange(self) -> None:
-        """One exchange, from asking to the Step on disk."""
+    def _exchange(self) -> bool:
+        """One exchange, from asking to the Step on disk; False where nodes' caps on ε leave too few of them for it."""
         number = self.replica.number + 1
         asked = self._asked(number)
         answers = self._collect(asked)
         needed = self.private is None or self.spec.participation.minimum > 0  # else it would tell that all have failed
         if asked.slots and not answers and needed:
-            raise RunError(
-                f"exchange {number}: none of {len(asked.slots)} nodes answered within "
-                f"{self.spec.participation.deadline_seconds:g} s. Start the run again to go on with it."
-            )
+            refusals = self.store.refusals(self.run, number)
+            if self.quorum.taken(f"exchange {number}", asked.slots, (), refusals, self.grid.nodes) is None:
+                self._end(self.quorum.ending)
+                return False
         body, events = self.reduction.body(asked, answers)
         step = self.pace.step(self.replica, self.terms, self.scale, body, self.opened)
         if number % PROOF_EVERY == 0:
@@ -226,6 +226,7 @@ class ZerothCoordinator:
             (a.epsilon, a.private) for a in answers.values() if a.epsilon is not None and 0 <= a.epsilon < inf
         ]
         self._take(step)
+        return True
 
     def _take(self, step: Step) -> None:
         """A Step that is on disk becomes the state."""
@@ -320,8 +321,12 @@ class ZerothCoordinator:
         """Whether one more exchange would pass the cap."""
         if self.private is None or self.private.allows(self.ledger):
             return False
-        logger.warning("one more exchange would pass privacy.epsilon = %g: the run ends", self.spec.privacy.epsilon)
+        self._end(f"one more exchange would pass privacy.epsilon = {self.spec.privacy.epsilon:g}: the run ends here")
         return True
+
+    def _end(self, why: str) -> None:
+        logger.warning(why)
+        self.ending = why
 
     def _row(self, rows: Sequence[Row]) -> Row:
         """Evaluate, and commit what a resumed run goes on from."""
@@ -337,7 +342,8 @@ class ZerothCoordinator:
         row["effective_rank"] = effective_rank(self.description.layout, adapter)
         if self.evaluate is not None:
             row["evaluation"] = dict(self.evaluate(adapter))
-        row["seconds"] = round(time.monotonic() - period.started, 4)
+        if self.private is None:  # as in a round's row
+            row["seconds"] = round(time.monotonic() - period.started, 4)
         best = best_round([*rows, row])
         self.log.keep(self.run, number, self.replica.snapshot())
         self.store.open_round(self.run, number, ())

@@ -113,7 +113,7 @@ class HostedRun:
             if self.stopping.is_set():
                 raise StoppedError
         self.hooks.ended(coordinator)
-        self._set("finished", "")
+        self._set("finished", coordinator.ending)
         grid.adopt(coordinator.farewells(self.hub.known()), FAREWELL_SECONDS)
 
     def _set(self, status: Status, reason: str) -> None:

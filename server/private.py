@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..privacy.accounting import too_large
 from ..privacy.banded import banded_of
 from ..privacy.events import Event, GaussianEvent, MatrixEvent
 from ..privacy.ledger import Ledger
@@ -140,13 +141,8 @@ class BandedLevel:
 
 def client_level(spec: RunSpec, population: int, dimensions: int) -> ClientLevel | BandedLevel:
     """The client-level privacy that a spec asks for. Raises PrivacyError for a cap that no noise can meet."""
-    if spec.privacy.delta * population >= 1:
-        logger.warning(
-            "privacy.delta = %g is not below 1 / %d, one over the number of clients: publishing one of them outright "
-            "would keep that promise. Choose a smaller one.",
-            spec.privacy.delta,
-            population,
-        )
+    if warning := too_large(spec.privacy.delta, population, "clients"):
+        logger.warning(warning)
     kind = BandedLevel if spec.privacy.mechanism == "banded" else ClientLevel
     return kind(spec, population, dimensions)
 

@@ -55,14 +55,15 @@ class Reduction:
         if self.terms.mode != "shared":
             own = sorted((asked.slots[node], asked.picks.get(node, b""), a.codes) for node, a in answers.items())
             return self.terms.body(own), []
-        counts = [self.terms.code.decode(answers[n].codes, self.terms.directions) for n in sorted(answers)]
+        decoded = [self.terms.code.decode(answers[n].codes, self.terms.directions) for n in sorted(answers)]
+        counts: Counts = np.array(decoded, np.int64).reshape(len(answers), self.terms.directions)
         events: list[Event] = []
         if self.private is not None:
             sums, events = self._noised(counts, asked)
-        elif self.spec.recipe.aggregator == "trimmed-mean":
-            sums = trimmed(np.array(counts), self.spec.recipe.byzantine, self.nodes)
+        elif self.spec.recipe.aggregator == "trimmed-mean" and answers:
+            sums = trimmed(counts, self.spec.recipe.byzantine, self.nodes)
         else:
-            sums = np.sum(counts, axis=0, dtype=np.int64)
+            sums = counts.sum(axis=0)
         most = self.terms.code.largest * max(self.nodes, len(counts) if self.private is None else 0)
         return np.clip(sums, -most, most).astype("<i4").tobytes(), events
 

@@ -167,7 +167,7 @@ class RecipeStrategy(FedAvg):
         self._standing = replace(after, arrays=arrays)
         metrics = self.train_metrics_aggr_fn(_comparable([reply.metrics for reply in usable]), self.weighted_by_key)
         rank = effective_rank(shared.layout, shared.whole(state, server_round + 1))
-        if rank is not None:
+        if error is not None and rank is not None:
             metrics["aggregation_error"], metrics["effective_rank"] = error, rank
         return arrays, metrics
 

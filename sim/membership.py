@@ -18,7 +18,6 @@ from ..protocols.errors import SpecError
 from ..protocols.keys import derive, generator
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
-from ..protocols.update import Assignment
 from ..server.coordinator import Coordinator
 from ..server.exchanges import ZerothCoordinator
 from ..server.store import MemoryStore
@@ -113,8 +112,8 @@ def _spent(coordinator: Coordinator | ZerothCoordinator, client: Client) -> floa
         case "client":
             return coordinator.ledger.spent(delta).epsilon
         case "example":
-            asked = (Assignment(spec.run.name, 1, 1, node, "", b"") for node in client.nodes())
-            return max(client.accounts.spent(own, delta).epsilon for own in asked)
+            ledgers = (client.accounts.ledger(node, spec.run.name) for node in client.nodes())
+            return max(ledger.spent(delta).epsilon for ledger in ledgers)
     return None
 
 

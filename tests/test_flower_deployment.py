@@ -173,7 +173,7 @@ def test_one_ledger_whatever_the_node_is_called(tmp_path: Path) -> None:
 
 
 def spent(folder: Path) -> Account:
-    return SiteAccounts(folder / "accounts").spent(Assignment("flower", 1, 1, 99, "", b""), 1e-5)
+    return SiteAccounts(folder / "accounts").ledger(99, "flower").spent(1e-5)
 
 
 class Sites:

@@ -8,7 +8,7 @@ from ...privacy.chain import Chain, Charge, Entry, Head, chained, decimal
 from ...privacy.events import Event
 from ...privacy.ledger import Ledger
 from ...protocols.update import Description, Update
-from .protocol import Row, RunState, Snapshot, Status, now, released_before, storable
+from .protocol import Row, RunState, Snapshot, Status, hides_who_took_part, now, released_before, storable
 
 
 class MemoryStore:
@@ -76,6 +76,9 @@ class MemoryStore:
         self._rows[run].append(row)
         self._states[run] = replace(self._states[run], rounds=len(self._rows[run]) - 1, updated=now())
         self._updates.pop((run, snapshot.round), None)
+        if hides_who_took_part(self._runs[run][0]):
+            self._cohorts |= {key: () for key in self._cohorts if key[0] == run and key[1] <= snapshot.round}
+            self._refusals = {k: v for k, v in self._refusals.items() if k[0] != run or k[1] > snapshot.round}
         for name, round_ in list(self._snapshots):
             if name != run or round_ == snapshot.round:
                 continue

@@ -1,5 +1,6 @@
 """What every store of runs does."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -103,7 +104,8 @@ class Store(Protocol):
         """Release a round and charge it with `events`, both or neither.
 
         Snapshots of rounds other than this one and `kept` are dropped, the buffers of those kept, and the round's
-        contributions. Raises RunError where the round has been released: a release never changes.
+        contributions. Of a run that `hides_who_took_part`, the cohorts and refusals up to this round are dropped too: an
+        open round needs them, and nobody after it. Raises RunError where the round has been released: a release never changes.
         """
 
     def rows(self, run: str) -> list[Row]:
@@ -124,6 +126,11 @@ def now() -> datetime:
 def storable(text: str) -> str:
     """`text` as every database keeps it: a node words its own refusal, and NUL and lone surrogates are kept by none."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
+def hides_who_took_part(spec: str) -> bool:
+    """Whether a run's promise rests on draws that nobody learns: client-level privacy. `spec` is JSON."""
+    return bool(json.loads(spec).get("privacy", {}).get("unit") == "client")
 
 
 def released_before(run: str, round_: int) -> RunError:

@@ -19,8 +19,11 @@ from ...protocols.errors import OutputError
 from ...protocols.layout import AdapterLayout
 from ...protocols.update import Description, Update
 from .migrating import migrate
-from .protocol import Row, RunState, Snapshot, Status, now, released_before, storable
+from .protocol import Row, RunState, Snapshot, Status, hides_who_took_part, now, released_before, storable
 from .tables import Blob, Contribution, Refusal, Release, Round, Run
+
+NOBODY = "[]"
+"""A cohort without a node, as a round keeps it."""
 
 
 class SqlStore:
@@ -66,7 +69,7 @@ class SqlStore:
             )
             session.flush()
             start = _keep(session, snapshot.to_bytes())
-            session.add(Round(run=run, number=0, cohort="[]", row=json.dumps(row), snapshot_hash=start))
+            session.add(Round(run=run, number=0, cohort=NOBODY, row=json.dumps(row), snapshot_hash=start))
 
     def find(self, run: str) -> tuple[str, Description] | None:
         query = select(Run, Blob.content).join(Blob, Run.start_hash == Blob.hash).where(Run.name == run)
@@ -167,6 +170,10 @@ class SqlStore:
             if number - 1 in kept:  # those before it were bared when they were the last
                 _bare(session, run, number - 1)
             session.execute(delete(Contribution).where(Contribution.run == run, Contribution.round == number))
+            if hides_who_took_part(session.get_one(Run, run).spec):
+                named = Round.run == run, Round.number <= number, Round.cohort != NOBODY
+                session.execute(update(Round).where(*named).values(cohort=NOBODY))
+                session.execute(delete(Refusal).where(Refusal.run == run, Refusal.round <= number))
             _drop_unused(session)
 
     def rows(self, run: str) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from flwr.app import Context, Metadata, RecordDict
 from fedapt.client.accounts import LEDGER, Accounts, SiteAccounts
 from fedapt.client.flower import app
 from fedapt.privacy.accounting import spent
+from fedapt.privacy.events import Poisson
 from fedapt.privacy.ledger import SiteLedger
 from fedapt.protocols.errors import FedaptError, OutputError, PrivacyError
 from fedapt.protocols.records import DESCRIBE, message
@@ -49,7 +51,22 @@ def test_a_site_has_one_ledger_and_virtual_nodes_have_their_own(tmp_path: Path) 
         charge(site, 8, "other", cap)
     assert files_of(tmp_path / "virtual") == ["7.sqlite", "8.sqlite"]
     assert files_of(tmp_path / "site") == [LEDGER]
-    assert site.spent(Assignment("run", 1, 1, 9, "", b""), 1e-5).epsilon == spent([FULL], 1e-5).epsilon
+    assert site.ledger(9, "run").spent(1e-5).epsilon == spent([FULL], 1e-5).epsilon
+
+
+@pytest.mark.parametrize("rounds", [1, 30, 500])
+def test_what_is_told_of_an_account_does_not_tell_how_many_examples_there_are(rounds: int) -> None:
+    told, exact = [], []
+    for examples in (1000, 1001):
+        accounts, asked = Accounts(), Assignment("run", 1, 1, 7, "", b"")
+        accounts.charge(
+            asked, replace(FULL, sampling=Poisson(16 / examples), count=rounds), 1e-5, per_run=99.0, in_all=99.0
+        )
+        told.append(accounts.spent(asked, 1e-5).epsilon)
+        exact.append(accounts.ledger(7, "run").spent(1e-5).epsilon)
+    assert told[0] == told[1] == float(f"{told[0]:.2g}")
+    assert exact[0] > exact[1] > 0
+    assert exact[0] <= told[0] <= 1.1 * exact[0], "an upper bound, and hardly above"
 
 
 def test_nothing_is_made_before_a_charge(tmp_path: Path) -> None:

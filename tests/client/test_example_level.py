@@ -105,8 +105,18 @@ def test_at_evaluated_rounds_it_tells_what_it_has_spent() -> None:
     *_, last = rounds(client, [1, 2, 3])
     asked = assignments_of(client, NODES, state_of(client), 3)
     for update, own in zip(last, asked, strict=True):
-        assert update.metrics["epsilon"] == client.accounts.spent(own, 1e-5).epsilon <= 30
+        assert client.accounts.ledger(own.node, "run").spent(1e-5).epsilon <= update.metrics["epsilon"] <= 30
+        assert update.metrics["epsilon"] == float(f"{update.metrics['epsilon']:.2g}")
         assert update.metrics["private"] == 1.0
+
+
+def test_a_delta_that_promises_nothing_is_said_at_the_site_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Node 40 has twelve examples, and node 50 four."""
+    client = private("privacy.delta=0.125", "privacy.epsilon=9")
+    updates = rounds(client, [1, 2])
+    (warning,) = [message for message in caplog.messages if "not below" in message]
+    assert warning.startswith("privacy.delta = 0.125 is not below 1 / 12, one over the number of examples held here")
+    assert all(update.reason == "" for one in updates for update in one)
 
 
 def test_seeded_noise_repeats_and_is_marked() -> None:

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from fedapt.client.accounts import Accounts
 from fedapt.client.client import Client
 from fedapt.client.evaluation import Scores
-from fedapt.client.policy import LEAST_CLIP, UNTOLD, Policy
+from fedapt.client.policy import LEAST_CLIP, MOST_EPSILON, MOST_NOISE, UNTOLD, Policy
 from fedapt.privacy.accounting import spent
 from fedapt.privacy.events import Event, Everyone, GaussianEvent, Poisson
+from fedapt.privacy.example_level import example_level_of
 from fedapt.privacy.ledger import SiteLedger
+from fedapt.promise import promise
 from fedapt.protocols.codecs import uplink_of
 from fedapt.protocols.errors import DataError, PrivacyError, RunError, SpecError
 from fedapt.protocols.recipes import RECIPES
@@ -179,6 +182,10 @@ def test_a_policy_without_clauses_objects_to_nothing(recipe: str, unit: str, see
         ("most_clip = inf", "finite"),
         (f"most_clip = {LEAST_CLIP / 2!r}", "no run can meet it. Way out: 7.8"),
         ("least_noise = nan", "policy.least_noise = nan"),
+        (f"least_noise = {MOST_NOISE * 1.01}", "less than or equal to 250000"),
+        ("most_epsilon = 1.01e6", "policy.most_epsilon = .*less than or equal to 1000000"),
+        ("most_epsilon_per_run = 1e300", "policy.most_epsilon_per_run = 1e.300.*less than or equal to 1000000"),
+        ("most_length = 1", "policy.most_length = 1.*greater than or equal to 2"),
         ("least_noise = -0.0", "greater than 0"),
         ("least_noise = true", "policy.least_noise = True: input should be a valid number"),
         ('least_noise = "1"', "valid number"),
@@ -210,6 +217,24 @@ def test_a_policy_that_cannot_be_meant_is_refused_when_it_is_read(text: str, mes
     with pytest.raises(SpecError, match=message) as caught:
         Policy.load(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_what_is_within_the_bounds_of_a_policy_some_run_can_meet() -> None:
+    policy = policy_of(
+        least_noise=MOST_NOISE, most_epsilon=MOST_EPSILON, most_epsilon_per_run=MOST_EPSILON, most_length=2
+    )
+    spec = asking(f"privacy.noise_multiplier={MOST_NOISE}", "privacy.clip=1", "model.max_length=2")
+    assert policy.problems(spec, None) == []
+    assert example_level_of(spec, 4, 1, 6).noise_std >= MOST_NOISE
+    with pytest.raises(PrivacyError, match="drowns"):  # the control: no run could keep to twice as much
+        _ = example_level_of(spec.set(f"privacy.noise_multiplier={2 * MOST_NOISE}"), 4, 1, 6).noise_std
+
+
+def test_an_exchange_is_one_step_and_keeps_to_any_limit_on_steps() -> None:
+    """Its spec can state no steps, so a policy that asks for them, and allows codes alone, could be met by no run."""
+    policy = policy_of(recipes=["dpzo"], most_steps=1, most_epochs=0.1)
+    assert policy.problems(spec_of("recipe.name=dpzo"), None) == []
+    assert policy.problems(spec_of("recipe.name=ffa", "local.steps=2"), None) != []
 
 
 def test_a_file_without_a_policy_does_not_allow_everything(tmp_path: Path) -> None:
@@ -367,7 +392,7 @@ def test_the_round_before_the_cap_is_trained_and_the_next_refused(folder: bool, 
     second = [train(client, round_, "two") for round_ in (1, 2, 3)]
     assert [update.kind for update in second] == ["delta", "refused", "refused"]
     assert "over all runs" in second[1].reason
-    assert client.accounts.spent(ask(client, run="two"), 1e-5).epsilon == pytest.approx(price[1], rel=1e-6)
+    assert client.accounts.ledger(NODE, "two").spent(1e-5).epsilon == pytest.approx(price[1], rel=1e-6)
     assert train(client.obeying(Policy()), 2, "two").kind == "delta"  # the control: the run's own cap has room
     if folder:
         rows = SiteLedger(tmp_path / f"{NODE}.sqlite").chain().entries
@@ -497,6 +522,17 @@ def test_a_refusal_tells_nothing_of_a_broken_ledger(tmp_path: Path, caplog: pyte
     told, logged = refused(private().keeping(Accounts(tmp_path)), caplog)
     assert told == UNTOLD
     assert f"{tmp_path / str(NODE)}.sqlite: the ledger's row 2" in logged
+
+
+def test_a_run_ends_where_every_sites_cap_is_spent() -> None:
+    client = private("run.rounds=6", sizes={50: 4, 60: 4}).obeying(policy_of(most_epsilon=7.0))
+    coordinator = Coordinator(client.spec, LocalGrid(client), MemoryStore())
+    rows = list(coordinator.rounds())
+    assert 0 < len(rows) < 6
+    assert coordinator.ending == "every site's cap on epsilon is spent: the run ends here"
+    kept = promise(client.spec, coordinator.store.rows("run"), coordinator.ledger)
+    assert (kept.unit, kept.epsilon) == ("example", 100.0)
+    assert np.array_equal(coordinator.adapter(), coordinator.adapter(len(rows)))
 
 
 def test_the_servers_log_names_the_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -94,10 +94,11 @@ def test_a_recipe_on_factors_needs_a_model_that_has_them() -> None:
         fedapt.simulate(model=model, clients=[[tokenizer("x = 1")]], recipe="flexlora", rounds=1)
 
 
-def test_without_factors_no_rank_is_reported() -> None:
+def test_without_factors_neither_a_rank_nor_an_error_is_reported() -> None:
     result = one_round(ia3_config())
     assert result.spec.adapter.method == "ia3"
     assert result.metrics[1]["effective_rank"] is None
+    assert result.metrics[1]["aggregation_error"] is None
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ source = "train.jsonl"
 
 def row(number: int, **values: Any) -> dict[str, Any]:
     costs = {"bytes_down": 1000, "bytes_up": 200, "seconds": 1.5, "aggregation_error": 0.1 * number}
-    return {"round": number, **costs, "effective_rank": 4.0 + number, **values}
+    return {"round": number, **costs, "codec_error": 0.01 * number, "effective_rank": 4.0 + number, **values}
 
 
 def rounds(accuracies: Sequence[float], **values: Any) -> list[dict[str, Any]]:
@@ -79,6 +79,7 @@ def test_the_numbers(two: list[Path]) -> None:
     assert (first.bytes_down, first.bytes_up, first.bytes_moved) == (3000, 600, 3600)
     assert first.mean_aggregation_error == pytest.approx(0.2)
     assert first.last_aggregation_error == pytest.approx(0.3)
+    assert first.mean_codec_error == pytest.approx(0.02)
     assert (first.effective_rank, first.seconds) == (7.0, 4.5)
     assert (second.recipe, second.rounds, second.best_round, second.bytes_moved) == ("fedit", 2, 1, 6000)
 
@@ -113,6 +114,7 @@ def test_what_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for line in lines:
         assert (line["best"], line["best_round"], line["bytes_moved"], line["seconds"]) == (2.0, 0, 0, 0)
         assert line["mean_aggregation_error"] is line["last_aggregation_error"] is line["effective_rank"] is None
+        assert line["mean_codec_error"] is None
     assert "traffic" not in Page((tmp_path / "page.html").read_text()).ids
 
 
@@ -122,7 +124,19 @@ def test_the_table_and_the_page(two: list[Path], tmp_path: Path, capsys: pytest.
     assert code == 0
     assert f"{page} written" in out
     shown = Page(page.read_text())
-    for cell in ("Best accuracy", "90.0 %", "60.0 %", "3.60 kB", "6.00 kB", "0.20", "0.30", "7.00", "4.5 s", "fedit"):
+    for cell in (
+        "Best accuracy",
+        "90.0 %",
+        "60.0 %",
+        "3.60 kB",
+        "6.00 kB",
+        "0.20",
+        "0.30",
+        "0.020",
+        "7.00",
+        "4.5 s",
+        "fedit",
+    ):
         assert cell in out
         assert cell in shown.text
     assert {"comparison", "traffic"} <= set(shown.ids)

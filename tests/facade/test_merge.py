@@ -267,8 +267,11 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     ("options", "message"),
     [
         (["--method", "median"], "no such method. There are mean, soup, ties"),
-        (["--method", "fisher"], "Fisher information, which its folder does not hold"),
-        (["--method", "greedy-soup"], "needs a score on held-out data"),
+        (["--method", "fisher"], "--method fisher: it looks at data"),
+        (["--method", "greedy-soup"], "--method greedy-soup: it looks at data"),
+        (["--data", "rows.jsonl"], "mean looks at no data; it belongs to fisher, greedy-soup"),
+        (["--method", "fisher", "--data", "rows.jsonl"], "--data rows.jsonl: no such file"),
+        (["--method", "greedy-soup", "--data", "rows.jsonl", "--weights", "1,2"], "weighs all adapters equally"),
         (["--method", "soup", "--weights", "1,2"], "weighs all adapters equally"),
         (["--weights", "1,x"], "write numbers with commas"),
         (["--weights", "1,2,3"], "3 weights for 2 changes"),

@@ -71,6 +71,22 @@ def test_the_promise_for_examples_is_the_cap_whatever_nodes_state(stated: list[f
     assert not promise(spec, [*rows, {"round": 10, "epsilon": 1.0, "private": False}], Ledger({})).private
 
 
+@pytest.mark.parametrize(("noise", "rounds"), [(4.0, 6), (0.5, 0)])
+def test_a_run_whose_sites_have_spent_their_caps_ends_with_what_it_has(
+    tiny: Path, tmp_path: Path, noise: float, rounds: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every example is in every batch, so all nodes spend alike; each says so itself."""
+    steps = ("local.batch_size=64", "local.steps=1", "run.rounds=9", f"privacy.noise_multiplier={noise}")
+    spec = spec_of(tiny, *EXAMPLE, *steps, "privacy.epsilon=1.8", "privacy.noise=simulation", "privacy.delta=0.001")
+    result = run(spec, tmp_path / "out")
+    assert [row["round"] for row in result.metrics] == [*range(rounds + 1)]
+    assert "every site's cap on epsilon is spent: the run ends here" in caplog.text
+    assert result.outcome.complete
+    told = json.loads((tmp_path / "out/adapter/privacy.json").read_text(encoding="utf-8"))
+    assert told["epsilon"] == (1.8 if rounds else None)
+    assert (tmp_path / "out/report.html").exists()
+
+
 def test_a_run_without_privacy_promises_nothing(tiny: Path, tmp_path: Path) -> None:
     run(spec_of(tiny), tmp_path / "out")
     assert "no formal guarantee" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
@@ -95,5 +111,5 @@ def test_the_plan_warns_of_noise_that_drowns() -> None:
     spec = RunSpec.check(raw).set("privacy.unit=client", "privacy.epsilon=1", "run.rounds=5")
     assert "such a run cannot learn" in forecast(spec, [5] * 10, 100_000).text()
     assert "cannot learn" not in forecast(spec, [5] * 10_000, 100).text()
-    assert "delta is not below 1 / 200,000" in forecast(spec, [5] * 200_000, 100).text()
+    assert "delta = 1e-05 is not below 1 / 200,000" in forecast(spec, [5] * 200_000, 100).text()
     assert forecast(RunSpec.check(raw), [5], 10).text() == "none: no formal guarantee"

@@ -122,10 +122,11 @@ def test_section_without_data_is_left_out(gone: set[str], changed: Report) -> No
 
 
 def test_an_error_and_a_rank_that_were_not_measured_are_dashes() -> None:
-    measured = {"aggregation_error": 0.25, "effective_rank": 3.5}
+    measured = {"aggregation_error": 0.25, "codec_error": 0.125, "effective_rank": 3.5}
     rows: list[Row] = [{"round": 1, **measured}, {"round": 2, **dict.fromkeys(measured)}]
     text = report(Curve("a", rows)).html()
-    assert "<td>2</td><td>–</td><td>–</td>" in text
+    assert "<td>2</td><td>–</td><td>–</td><td>–</td>" in text
+    assert "Codec error" in text
     assert "Effective rank" in text
     assert "Effective rank" not in report(Curve("a", rows[1:])).html()
 
@@ -269,6 +270,7 @@ KEYS = [
     "train_loss_p10",
     "train_loss_p90",
     "aggregation_error",
+    "codec_error",
     "bytes_down",
     "seconds",
 ]

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedapt.protocols.codecs import CODECS, Bf16, Codec, Fp4, Fp32, Int8, SeedProjection, TopK, codec_of
+from fedapt.protocols.codecs import CODECS, Bf16, Codec, Fp4, Fp32, Int8, SeedProjection, TopK, Uplink, codec_of
 from fedapt.protocols.dense import Codes, Matrix
 from fedapt.protocols.errors import PayloadError
 from fedapt.protocols.layout import AdapterLayout, Flat, Role, TensorSpec
@@ -295,6 +295,25 @@ def test_any_bytes_decode_to_finite_values_or_are_refused(
         return
     assert decoded.shape == (layout.size,)
     assert np.isfinite(decoded).all()
+
+
+@codecs
+@given(coded(), st.booleans())
+def test_the_error_of_a_payload_is_what_its_change_lost(
+    codec: Codec, given: tuple[AdapterLayout, Flat], informed: bool
+) -> None:
+    (layout, flat), uplink = given, Uplink(codec, informed)
+    payload = uplink.encode(flat, np.abs(flat) if informed else None, layout, key=5)
+    lost = np.sum((codec.decode(codec.encode(flat, layout, 5), layout).astype(np.float64) - flat) ** 2)
+    wanted = np.sum(flat.astype(np.float64) ** 2)
+    assert uplink.error(flat, payload, layout) == pytest.approx((lost / wanted) ** 0.5 if wanted else 0.0)
+    assert uplink.error(np.zeros_like(flat), payload, layout) == 0
+
+
+def test_what_will_be_refused_has_no_error() -> None:
+    flat, layout = np.array([1.0, np.nan], np.float32), layout_of(2)
+    for codec in ALL.values():
+        assert np.isnan(Uplink(codec).error(flat, codec.encode(flat, layout, 0), layout))
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "fp4", "top-k", "seed-projection"])

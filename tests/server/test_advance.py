@@ -86,11 +86,12 @@ def ended(shared: SharedAdapter, adapter: Flat, contribution: Contribution, numb
 
 def run(shared: SharedAdapter, nodes: Nodes, rounds: int) -> list[tuple[Flat, Buffers, float]]:
     """The state that each round begins with, its buffers, and the error of the round before."""
-    state, buffers, error = shared.initial_state(), Buffers(), 0.0
-    seen = [(state, buffers, error)]
+    state, buffers = shared.initial_state(), Buffers()
+    seen = [(state, buffers, 0.0)]
     for number in range(1, rounds + 1):
         contributions = nodes(shared, shared.whole(state, number), number)
         state, buffers, error = advance(shared, state, state, buffers, contributions, number=number)
+        assert error is not None
         seen.append((state, buffers, error))
     return seen
 
@@ -131,6 +132,7 @@ def test_the_next_adapter_is_the_dense_mean(name: str) -> None:
         mean = [np.average(term, axis=0, weights=WEIGHTS) for term in zip(*nodes, strict=True)]
         state, buffers, error = advance(shared, state, state, buffers, contributions, number=number)
         assert close(deltas(shared, state, number + 1), mean) <= 1e-5
+        assert error is not None
         assert error <= 1e-5
 
 
@@ -162,6 +164,13 @@ def test_what_flora_has_sent_and_kept_is_the_sum_of_all_changes(nodes: Nodes) ->
         found = [sent + left for sent, left in zip(deltas(shared, state, number + 1), rest, strict=True)]
         assert close(found, total) <= 1e-5
         assert error == pytest.approx(size(*rest) / size(*total), rel=1e-3)
+
+
+def test_without_a_pair_of_factors_no_round_has_an_error() -> None:
+    shared = shared_of("fedit", layout_of())
+    state = shared.initial_state()
+    for contributions in ([], wandering(shared, state, 1)):
+        assert advance(shared, state, state, {}, contributions, number=1)[2] is None
 
 
 @recipes

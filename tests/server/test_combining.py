@@ -144,6 +144,7 @@ def test_clipping_takes_a_smaller_step_and_makes_no_error_where_one_factor_is_co
     _, _, error = advance(shared, state, state, {}, contributions, number=1)
     updates = Round(shared.layout, shared.sent(1), shared.start, contributions)
     assert sum(c.weight for c in weighed(updates, shared.settings).contributions) < 0.9
+    assert error is not None
     assert error <= 1e-6
 
 
@@ -358,6 +359,7 @@ def test_where_all_are_bad_the_soup_is_the_start(recipe: str) -> None:
     bad = [replace(c, change=-10 * c.change) for c in honest]
     found, _, error = advance(shared, state, state, {}, bad, number=1, score=nearer_to(shared, honest))
     np.testing.assert_allclose(found, advance(plain, state, state, {}, [], number=1)[0], atol=1e-6)
+    assert error is not None
     assert error <= 1e-6
 
 

@@ -126,7 +126,7 @@ def test_a_round_without_an_update_stays_open_and_resumes(store: Store, answer: 
     expected, _ = run(FakeGrid(spec))
     silent = FakeGrid(spec)
     silent.answer = lambda u: [u] if u.round == 1 else answer(u)
-    with pytest.raises(RunError, match=rf"round 2: 0 of 2 nodes .* within 7 s, .* \({reason}.*The round stays open"):
+    with pytest.raises(RunError, match=rf"round 2: 0 of 2 nodes .* within 7 s, .* \({reason}.*It stays open"):
         run(silent, store)
     assert len(store.rows("run")) == 2
     again = FakeGrid(spec)

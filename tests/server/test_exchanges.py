@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 from fedapt.client.exchanger import Probe, Slopes
 from fedapt.kernels.directions import Floats
 from fedapt.kernels.replica import Replica
+from fedapt.privacy.ledger import NO_ROOM
 from fedapt.protocols.errors import PrivacyError, RunError, SpecError
 from fedapt.protocols.exchange import Answer, Step
 from fedapt.server.exchanges import ZerothCoordinator
@@ -157,7 +158,7 @@ def test_what_is_wrong_is_refused_and_stops_nobody() -> None:
 
 def test_nobody_is_an_error_that_can_be_gone_on_from() -> None:
     spec, log, store = spec_of("run.rounds=10"), MemoryLog(), MemoryStore()
-    with pytest.raises(RunError, match="exchange 1: none of 4 nodes answered"):
+    with pytest.raises(RunError, match=r"exchange 1: 0 of 4 nodes took part .* It stays open"):
         list(coordinator_of(spec, Nodes(spec, tamper=lambda _: []), store, log).rounds())
     assert len(list(coordinator_of(spec, Nodes(spec), store, log).rounds())) == 1
 
@@ -305,6 +306,8 @@ def test_client_level_sends_and_logs_noised_sums_alone() -> None:
     assert 0.25 < noise.std() < 1.6, "2 × the sensitivity of 0.2 under replace-one is 0.8"
     ledger = coordinator.log.ledger("run")
     assert ledger.spent(1e-5).epsilon == rows[-1]["epsilon"] > 0
+    drawn = [coordinator.store.open_round("run", number, [1]) for number in range(1, 11)]
+    assert drawn == [()] * 10, "who was drawn is forgotten with the row"
 
 
 def test_two_runs_of_one_seed_have_other_noise_unless_it_is_said_to_be_none() -> None:
@@ -322,6 +325,34 @@ def test_the_cap_ends_the_run_before_it_is_passed() -> None:
     assert rows[-1]["epsilon"] <= 1
     with pytest.raises(PrivacyError):
         coordinator.log.ledger("run").require(coordinator.private.event, 1, 1e-5)  # type: ignore[union-attr]
+
+
+EXAMPLE = ("recipe.name=dpzo", "privacy.unit=example", "privacy.epsilon=3", "privacy.clip=0.2")
+
+
+def spent_after(last: int, nodes: Sequence[int]) -> Callable[[Answer], Sequence[Answer]]:
+    """These nodes' own caps leave room up to exchange `last`."""
+    return lambda a: [
+        replace(a, kind="refused", codes=b"", reason=NO_ROOM) if a.number > last and a.node in nodes else a
+    ]
+
+
+def test_a_run_ends_where_every_sites_cap_is_spent() -> None:
+    spec = spec_of(*EXAMPLE)
+    rows, coordinator = run(spec, Nodes(spec, tamper=spent_after(25, NODES)))
+    assert coordinator.ending == "every site's cap on epsilon is spent: the run ends here"
+    assert [row["round"] for row in rows] == [10, 20, 25]
+
+
+def test_sites_whose_caps_are_spent_sit_out() -> None:
+    """Also an exchange that drew nobody else is only passed over."""
+    spec = spec_of(*EXAMPLE, "participation.sampling=fixed", "participation.rate=0.25")
+    _, coordinator = run(spec, Nodes(spec, tamper=spent_after(10, NODES[:2])))
+    assert coordinator.ending == ""
+    moved = [coordinator.terms.applied(step)[2].any() for step in steps_of(coordinator)]
+    assert len(moved) == 40
+    assert all(moved[:10])
+    assert 0 < sum(moved[10:]) < 30
 
 
 def test_the_replica_is_the_adapter() -> None:

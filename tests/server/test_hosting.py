@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from fedapt.client.duties import Duties
 from fedapt.client.kept import Kept
 from fedapt.client.link import Backoff, Link
+from fedapt.privacy.ledger import NO_ROOM
 from fedapt.protocols import link
 from fedapt.protocols import link_pb2 as pb
 from fedapt.protocols.blobs import digest
@@ -22,6 +23,7 @@ from fedapt.protocols.errors import DataError, RunError, SpecError
 from fedapt.protocols.link import NAME_KEY
 from fedapt.protocols.recipes import FIRST_ORDER
 from fedapt.protocols.spec import RunSpec
+from fedapt.protocols.update import Update
 from fedapt.server.hosting import Hooks, Host
 from fedapt.server.link.doors import OpenDoor, named
 from fedapt.server.link.grid import LinkGrid
@@ -304,6 +306,34 @@ def test_too_few_answers_leave_the_round_open(
         serve(hub, store, spec)
     assert tries.count(named("amber").node) == 1, "who has answered is not asked again"
     np.testing.assert_array_equal(store.snapshot("two").state, reference.store.snapshot("two").state)
+
+
+def test_a_run_ends_where_every_sites_cap_is_spent(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not tried again for ever: it says why it has ended, and hands over the adapter of its last round."""
+    private = ("privacy.unit=example", "privacy.epsilon=3", "recipe.weighting=uniform", "local.steps=1")
+    spec = spec_of("run.name=capped", "recipe.name=ffa", *private, "run.rounds=5", "participation.minimum=2")
+    trained = FakeSite.work
+
+    def charged(self: FakeSite, question: pb.Question, spec: bytes, payload: bytes) -> tuple[pb.Result, bytes]:
+        if question.kind != pb.TRAIN or question.round <= 2:
+            return trained(self, question, spec, payload)
+        asked = link.assignment(question, self.node, payload)
+        own = (asked.run, asked.round, asked.attempt, asked.node, asked.version)
+        return link.result(question, Update(*own, "refused", 0.0, b"", reason=f"{NO_ROOM} 3")), b""
+
+    monkeypatch.setattr(FakeSite, "work", charged)
+    stopping = threading.Event()
+    limit = threading.Timer(60.0, stopping.set)
+    limit.start()
+    with federation(tmp_path, *NAMES[:2]) as (hub, sites):
+        serve(hub, store, spec, stopping=stopping)
+        limit.cancel()
+        assert [site.adopted for site in sites] == [["capped"]] * 2
+    (state,) = store.runs()
+    assert (state.status, state.rounds) == ("finished", 2)
+    assert "have room under their caps on epsilon: the run ends here" in state.reason
 
 
 def test_federated_evaluation(tmp_path: Path, store: SqliteStore) -> None:

@@ -52,7 +52,7 @@ def test_every_round_is_charged_once_and_the_cap_holds(store: Store, recipe: str
 
 def test_rows_tell_nothing_of_who_answered(store: Store) -> None:
     _, rows = run(grid_of("recipe.name=ffa"), store)
-    hidden = {"nodes", "empty", "refused", "failed", "train_loss", "train_loss_p10", "train_loss_p90"}
+    hidden = {"nodes", "empty", "refused", "failed", "train_loss", "train_loss_p10", "train_loss_p90", "seconds"}
     assert all(not hidden & set(row) for row in rows)
     assert len({(row["bytes_up"], row["bytes_down"]) for row in rows}) == 1
 
@@ -64,6 +64,7 @@ def test_more_rounds_than_the_cap_allows_end_the_run_before_it_is_passed(store: 
     assert store.ledger("run").spent(1e-5).epsilon <= 8
     assert coordinator.private is not None
     assert not coordinator.private.allows(store.ledger("run"))
+    assert coordinator.ending == "one more round would pass privacy.epsilon = 8: the run ends here"
     assert list(Coordinator(grid.spec, grid, store).rounds()) == []
 
 

@@ -107,6 +107,17 @@ def crashes(spec: RunSpec, fresh: Callable[[int], Store], *, after: bool) -> int
         pytest.param(("recipe.name=refresh", "recipe.period=1", "recipe.optimizer=nesterov"), marks=pytest.mark.slow),
         pytest.param(("recipe.name=fedit", "recipe.optimizer=adam", "wire.codec=int8"), marks=pytest.mark.slow),
         ("recipe.name=ffa", "participation.sampling=poisson", "participation.rate=0.5"),
+        (
+            "privacy.unit=client",
+            "privacy.epsilon=60",
+            "privacy.noise_multiplier=1.0",
+            "privacy.noise=simulation",
+            "recipe.weighting=uniform",
+            "recipe.name=ffa",
+            "participation.sampling=fixed",
+            "participation.rate=0.75",
+            "participation.minimum=0",
+        ),
     ],
     ids=lambda overrides: overrides[0].partition("=")[2],
 )

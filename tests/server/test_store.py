@@ -1,5 +1,6 @@
 """How stores behave: one suite for memory, SQLite and PostgreSQL."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -132,6 +133,25 @@ class StoreSuite(ABC):
         assert store.contributions("run", 1) == []
         assert [update.round for update in store.contributions("run", 2)] == [2]
         assert store.refusals("run", 1) == [(3, "stale")]
+
+    @pytest.mark.parametrize("unit", ["client", "example"])
+    def test_who_took_part_is_forgotten_with_the_release_of_a_round_that_hides_it(
+        self, store: Store, unit: str
+    ) -> None:
+        spec = json.dumps({"privacy": {"unit": unit}})
+        store.create("run", spec, DESCRIPTION, Snapshot(0, state(0)), {"round": 0})
+        begin(store, "other")
+        for run, round_ in (("run", 1), ("run", 2), ("run", 3), ("other", 1)):
+            store.open_round(run, round_, [5, 8])
+            store.refuse(run, round_, 5, "stale")
+        store.commit("run", Snapshot(2, state(2)), {"round": 2}, [])
+        hides = unit == "client"
+        for round_ in (1, 2):
+            assert store.open_round("run", round_, [9]) == (() if hides else (5, 8))
+            assert store.refusals("run", round_) == ([] if hides else [(5, "stale")])
+        assert store.open_round("run", 3, [9]) == (5, 8), "a round that is open keeps its draw"
+        assert store.open_round("other", 1, [9]) == (5, 8)
+        assert store.refusals("run", 3) == store.refusals("other", 1) == [(5, "stale")]
 
     def test_only_the_last_and_the_kept_snapshots_stay(self, store: Store) -> None:
         begin(store)

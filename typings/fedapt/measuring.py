@@ -1,0 +1,1 @@
+../../fedapt/measuring.py
