@@ -60,7 +60,7 @@ METHODS = {
 }
 TUNED_AS = {FP32_SCALARS: "onebyte", "fedsvd, int8": "fedsvd, fp32", "fedsvd, fp4": "fedsvd, fp32"}
 RATES = {"fedsvd, fp32": (3e-3, 1e-2, 3e-2), "dpzo, ε = 6": (0.03, 0.1, 0.3)}
-RATES_OF_CODES = (0.01, 0.03, 0.1)
+RATES_OF_CODES = (0.03, 0.1, 0.3)
 
 SPEC = """
 [run]

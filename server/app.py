@@ -16,6 +16,7 @@ from .coordinator import Coordinator, Evaluate
 from .exchanges import ZerothCoordinator
 from .export import save_adapter
 from .grid import FlowerGrid, NodeGrid
+from .private import require_population
 from .store import MemoryStore, Store
 
 logger = logging.getLogger("flwr")
@@ -28,9 +29,12 @@ def server_app(store: Store | None = None, evaluate: Evaluate | None = None) -> 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         spec = spec_from_context(context)
+        own = store or MemoryStore()
+        if own.find(spec.run.name) is None and not isinstance(grid, NodeGrid):
+            require_population(spec)
         nodes = grid if isinstance(grid, NodeGrid) else FlowerGrid(grid, minimum=max(1, spec.participation.minimum))
         kind = ZerothCoordinator if recipe_of(spec).zeroth else Coordinator
-        coordinator = kind(spec, nodes, store or MemoryStore(), evaluate=evaluate)
+        coordinator = kind(spec, nodes, own, evaluate=evaluate)
         for row in coordinator.rounds():
             logger.info("fedapt round %d: %s", row["round"], {k: v for k, v in row.items() if k != "round"})
         if out := context.run_config.get("out"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import OperationalError
 
-from ..protocols.errors import FedaptError, RunError, SpecError
+from ..protocols.errors import FedaptError, RunError
 from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from .coordinator import Coordinator, Evaluate, require_same
@@ -17,6 +17,7 @@ from .exchanges import ZerothCoordinator
 from .link.grid import LinkGrid
 from .link.hub import OWN_FAULT, Hub
 from .link.stopped import StoppedError
+from .private import require_population
 from .store import Row, Status, Store
 
 logger = logging.getLogger(__name__)
@@ -134,11 +135,8 @@ class Host:
         for spec, found in known:
             if found is not None:
                 require_same(found[0], spec)
-            elif spec.privacy.unit == "client" and spec.privacy.population is None:
-                raise SpecError(
-                    f"{spec.run.name}: privacy.population is missing: client-level privacy divides by the number of "
-                    "clients, which has to be public, and who is connected at the moment is not. Say how many there are"
-                )
+            else:
+                require_population(spec)
         for spec, found in known:
             if found is not None:
                 self.store.set_status(spec.run.name, "running")

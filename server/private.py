@@ -20,7 +20,7 @@ from ..privacy.events import Event, GaussianEvent, MatrixEvent
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import Mechanism, mechanism_of
 from ..privacy.randomness import Integers, Randomness, randomness_of
-from ..protocols.errors import PrivacyError, RunError
+from ..protocols.errors import PrivacyError, RunError, SpecError
 from ..protocols.keys import derive
 from ..protocols.layout import Flat
 from ..protocols.spec import RunSpec
@@ -137,6 +137,15 @@ class BandedLevel:
 
     def _source(self, purpose: str, round_: int) -> Randomness:
         return _source(self.spec, purpose, round_)
+
+
+def require_population(spec: RunSpec) -> None:
+    """Of a run over sites that come and go. Raises SpecError where the number of clients would be that of one moment."""
+    if spec.privacy.unit == "client" and spec.privacy.population is None:
+        raise SpecError(
+            f"{spec.run.name}: privacy.population is missing: client-level privacy divides by the number of "
+            "clients, which has to be public, and who is connected at the moment is not. Say how many there are"
+        )
 
 
 def client_level(spec: RunSpec, population: int, dimensions: int) -> ClientLevel | BandedLevel:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from fedapt.client.app import client_app
 from fedapt.outputs import spec_toml
 from fedapt.protocols.codecs import CODECS
-from fedapt.protocols.errors import RunError
+from fedapt.protocols.errors import RunError, SpecError
 from fedapt.protocols.legality import rank_of
 from fedapt.protocols.records import (
     DESCRIBE,
@@ -239,6 +239,14 @@ def test_a_server_app_of_ones_own_store_and_evaluation(
     assert [row["round"] for row in rows] == [0, 1, 2]
     assert all("accuracy" in row["evaluation"] for row in rows)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_who_is_connected_is_no_public_number_of_clients(spec: RunSpec, grid: LocalGrid) -> None:
+    private = spec.set(
+        "recipe.name=ffa", "recipe.weighting=uniform", "privacy.unit=client", "privacy.epsilon=6", "local.optimizer=sgd"
+    )
+    with pytest.raises(SpecError, match=r"run: privacy\.population is missing"):
+        server.app(grid=MessagesOnly(grid), context=context(private))
 
 
 class Slow:
