@@ -27,7 +27,7 @@ test: check ## Lint, types and the test suite (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 test-slow: .venv/installed-slow ## What takes longer: stock Flower, Ray, wheels, kills, faults, fuzz
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'hypothesis and not slow' --hypothesis-profile=deep
 
 check: .venv/installed ## Lint and types alone
