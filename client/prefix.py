@@ -6,7 +6,7 @@ numbers up to rounding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ..kernels.cohort import agree, with_gradients
 from .blocks import stacked_blocks
+from .shared_rows import SharedRows
 from .tasks import Examples, Indices, Task
 
 PREFIX = "prefix"
@@ -39,11 +40,13 @@ class _Reached(Exception):  # noqa: N818  (no error: it ends a forward whose res
 class FrozenBlocks:
     """The leading blocks of a model with nothing to train in or before them; the model then takes PREFIX.
 
-    PREFIX is (rows, length, width), what the last of `blocks` gives; without it the model runs as before.
+    PREFIX is (rows, length, width), what the last of `blocks` gives; without it the model runs as before. `following` is
+    the block behind them, if there is one: it reads PREFIX.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], following: nn.Module | None = None) -> None:
         self.model, self.blocks = model, list(blocks)
+        self.shared = SharedRows([] if following is None else _frozen_layers(following))
         self._given: Tensor | None = None
         self._stops = False
         self._hooks = (
@@ -55,6 +58,7 @@ class FrozenBlocks:
 
     def remove(self) -> None:
         """Leave the model as it was."""
+        self.shared.remove()
         for hook in self._hooks:
             hook.remove()
         for block in self.blocks:
@@ -114,7 +118,7 @@ def frozen_blocks(model: nn.Module, inputs: Mapping[str, Tensor]) -> FrozenBlock
         frozen += 1
     if frozen == 0 or len(outputs) != len(blocks):
         return None
-    found = FrozenBlocks(model, blocks[:frozen])
+    found = FrozenBlocks(model, blocks[:frozen], blocks[frozen] if frozen < len(blocks) else None)
     actual = model(**inputs, **{PREFIX: found.states(inputs)}).logits
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if agree(with_gradients(actual, trained), with_gradients(expected, trained)):
@@ -179,6 +183,14 @@ class PrefixStates:
         flat = torch.from_numpy(places.ravel()).to(pool.states.device)
         return pool.states[flat].view(len(members) * rows, length, -1)
 
+    def repeating(
+        self, inputs: Mapping[str, Tensor], once: Mapping[str, Tensor], places: Tensor
+    ) -> AbstractContextManager[None]:
+        """Within it, the model is run on `inputs` that are `once[places]`, row by row: PREFIX is projected once."""
+        if self._blocks is None or PREFIX not in inputs:
+            return nullcontext()
+        return self._blocks.shared.repeating(inputs[PREFIX], once[PREFIX], places)
+
     def _pool(self, model: nn.Module, task: Task, examples: Examples) -> _Pool | None:
         """Where the states of a set of examples go; None where they are not kept."""
         if not examples.inputs or examples.inputs[0].ndim != 1:
@@ -212,6 +224,12 @@ def _fixed(task: Task, examples: Examples, rows: Indices, length: int) -> dict[s
 def _on(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in inputs.items()}
+
+
+def _frozen_layers(block: nn.Module) -> Iterator[nn.Linear]:
+    for layer in block.modules():
+        if type(layer) is nn.Linear and not any(parameter.requires_grad for parameter in layer.parameters()):
+            yield layer
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..kernels.directions import Directions, Doubles, Floats
 from ..kernels.signs import perturb
 from ..protocols.layout import AdapterLayout
 from .adapted import AdaptedModel
-from .tasks import Batch, Examples, Indices
+from .tasks import Examples, Indices
 
 PROBE_TOKENS = 2048
 """Rows × length of the probes that run together: enough to amortize Python, few enough for the caches."""
@@ -98,9 +98,8 @@ class Probing:
             points = np.empty((len(chunk), weights.size), np.float32)
             for point, (owner, k, move) in zip(points, chunk, strict=True):
                 perturb(weights, move, asks[owner].directions[k], out=point)
-            batch = self._batch(examples, asks, [owner for owner, _, _ in chunk])
-            logits = self.forward(self._stack(points), batch.inputs)
-            loss, targets, _ = self.adapted.task.losses(logits, batch.labels)
+            logits, labels = self._logits(examples, asks, [owner for owner, _, _ in chunk], points)
+            loss, targets, _ = self.adapted.task.losses(logits, labels)
             rows = loss.double().view(len(chunk), -1).cpu().numpy(), targets.view(len(chunk), -1).cpu().numpy()
             for (owner, _, _), own, count in zip(chunk, *rows, strict=True):
                 length = len(asks[owner].rows)
@@ -123,17 +122,17 @@ class Probing:
         if chunk:
             yield chunk
 
-    def _batch(self, examples: Examples, asks: Sequence[Ask], owners: Sequence[int]) -> Batch:
-        """A batch with a member for each point: asks are collated once, and repeated for their points."""
+    def _logits(
+        self, examples: Examples, asks: Sequence[Ask], owners: Sequence[int], points: Floats
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and labels of a batch with a member for each point: asks are collated once, and repeated for theirs."""
         used = sorted(set(owners))
         batch = self.adapted.batch(examples, [asks[owner].rows for owner in used])
-        places = torch.tensor([used.index(owner) for owner in owners], device=self.adapted.device)
-
-        def repeated(values: Tensor) -> Tensor:
-            return values.view(len(used), -1, *values.shape[1:])[places].flatten(0, 1)
-
-        inputs = {key: repeated(value) for key, value in batch.inputs.items()}
-        return Batch(inputs, repeated(batch.labels), tuple(batch.shapes[place] for place in places.tolist()))
+        rows = torch.arange(len(batch.labels), device=self.adapted.device).view(len(used), -1)
+        places = rows[[used.index(owner) for owner in owners]].flatten()
+        inputs = {key: value[places] for key, value in batch.inputs.items()}
+        with self.adapted.prefix.repeating(inputs, batch.inputs, places):
+            return self.forward(self._stack(points), inputs), batch.labels[places]
 
     def _stack(self, points: Floats) -> Stack:
         """Points, fp32 (P, n), as a cohort's tensors."""

@@ -59,7 +59,7 @@ class Reduction:
         counts: Counts = np.array(decoded, np.int64).reshape(len(answers), self.terms.directions)
         events: list[Event] = []
         if self.private is not None:
-            sums, events = self._noised(counts, asked)
+            sums, events = self._noised(list(counts), asked)
         elif self.spec.recipe.aggregator == "trimmed-mean" and answers:
             sums = trimmed(counts, self.spec.recipe.byzantine, self.nodes)
         else:

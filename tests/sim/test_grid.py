@@ -246,7 +246,7 @@ def test_who_is_connected_is_no_public_number_of_clients(spec: RunSpec, grid: Lo
         "recipe.name=ffa", "recipe.weighting=uniform", "privacy.unit=client", "privacy.epsilon=6", "local.optimizer=sgd"
     )
     with pytest.raises(SpecError, match=r"run: privacy\.population is missing"):
-        server.app(grid=MessagesOnly(grid), context=context(private))
+        server.app(grid=cast(Grid, MessagesOnly(grid)), context=context(private))
 
 
 class Slow:
