@@ -4,10 +4,10 @@
     python benchmarks/trec.py --table
 
 MODEL_FOLDER is MiniLM; its pooler, which was never trained, is replaced by one that centres (encoder.py). TREC_FOLDER
-holds train.jsonl and test.jsonl. Every method first tries
-three rates on seed 0 with a tenth of the training data held out; the best rate is then run on seeds 1, 2 and 3 and scored
-on test after the last round, once; a codec takes the rate of fp32. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at
-any time (`--minutes` stops it before a run that would start later).
+holds train.jsonl and test.jsonl. Every method first tries three rates on seed 0 with a tenth of the training data held out;
+the best rate is then run on seeds 1, 2 and 3 and scored on test after the last round, once; a codec takes the rate of its
+recipe. Rows go to results/trec.jsonl; what is there is not run again, so the work can stop at any time (`--minutes` stops
+it before a run that would start later).
 
 Recipes that mix ranks run with {2, 4, 8, 16}; the others with one rank of 8, about the mean. Codecs run on `fedsvd`
 without mixed ranks, adapter kinds on `fedit`.
@@ -41,6 +41,7 @@ OUTER = ("recipe.optimizer=nesterov", "recipe.learning_rate=0.4")
 """DiLoCo's own step at the server (one fragment)."""
 
 CODECS = {
+    "fp32": (),
     "bf16": (),
     "int8": (),
     "fp4": (),
