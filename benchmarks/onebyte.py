@@ -51,7 +51,7 @@ PRIVATE = (
     "privacy.clip=10",
 )
 ROUNDS = ("run.rounds=20", "run.evaluate_every=2", "local.batch_size=16", "local.steps=5")
-FP32_SCALARS = "onebyte, fp32 scalars"
+FP32_SCALARS = "onebyte, fp32"
 METHODS = {
     "onebyte": ("recipe.name=onebyte", *CODES),
     FP32_SCALARS: ("recipe.name=onebyte", *CODES),

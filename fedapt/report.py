@@ -239,9 +239,10 @@ def _comparison(curves: Sequence[Curve], metric: Metric) -> str:
 
 
 def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
-    """A line for each round; a column appears where at least one round fills it."""
+    """A line for each round; a column appears where at least one round fills it, that of codecs where one lost something."""
     if not rows:
         return ""
+    lossy = any(read(row, "codec_error") for row in rows)
     own = (metric.key.capitalize(), ("evaluation", metric.key), lambda v: metric.show(v * metric.scale))
     columns: list[tuple[str, tuple[str, ...], Any]] = [
         *((key.capitalize(), (key,), count) for key in ("round", "nodes", "empty", "refused")),
@@ -249,7 +250,7 @@ def _rounds(rows: Sequence[Row], metric: Metric, best: int | None) -> str:
         ("Evaluation loss", ("evaluation", "loss"), measured),
         *([own] if metric is not _LOSS else []),
         ("Aggregation error", ("aggregation_error",), lambda v: measured(v, 2)),
-        ("Codec error", ("codec_error",), lambda v: measured(v, 2)),
+        *([("Codec error", ("codec_error",), lambda v: measured(v, 2))] if lossy else []),
         ("Effective rank", ("effective_rank",), lambda v: measured(v, 3)),
         ("ε spent", ("epsilon",), lambda v: measured(v, 3)),
         ("Down", ("bytes_down",), size),

@@ -127,6 +127,8 @@ def test_an_error_and_a_rank_that_were_not_measured_are_dashes() -> None:
     text = report(Curve("a", rows)).html()
     assert "<td>2</td><td>–</td><td>–</td><td>–</td>" in text
     assert "Codec error" in text
+    exact: list[Row] = [{**row, "codec_error": 0.0} for row in rows]
+    assert "Codec error" not in report(Curve("a", exact)).html()
     assert "Effective rank" in text
     assert "Effective rank" not in report(Curve("a", rows[1:])).html()
 
