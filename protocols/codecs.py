@@ -77,7 +77,7 @@ class Uplink:
         0 where there was nothing to code, NaN where the payload will be refused. The information does not count.
         """
         if isinstance(self.codec, Fp32):
-            return 0.0
+            return 0.0 if np.isfinite(change).all() else math.nan
         try:
             decoded = self.codec.decode(payload[: self.codec.size(layout)], layout)
         except PayloadError:

@@ -42,6 +42,7 @@ def test_a_run_goes_on_with_what_its_nodes_kept(tiny: Path, tmp_path: Path, over
     assert timeless(run(spec, tmp_path / "forgetful")) != timeless(whole), "the control: what they kept matters"
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_finds_nothing_kept(tiny: Path, tmp_path: Path) -> None:
     spec = RunSpec.load(tiny, KEEPING["top-k"])
     whole = run(spec, tmp_path / "out")

@@ -121,6 +121,7 @@ def fixed_size_misses(accountant: Callable[[list[Event], float], Account]) -> li
     return found
 
 
+@pytest.mark.slow
 def test_a_fixed_size_draw_is_charged_by_rdp() -> None:
     assert fixed_size_misses(spent) == []
     assert spent([event(1.0, FixedSize(1, 100), 10)], 1e-5).method == "RDP"
@@ -359,6 +360,7 @@ def test_seeded_noise_is_computed_and_not_private() -> None:
 # What is loaded, and what never is
 
 
+@pytest.mark.slow
 def test_no_accounting_but_the_prv_loads_torch() -> None:
     setup = (
         "from fedapt.privacy.accounting import spent\nfrom fedapt.privacy.events import *\n"

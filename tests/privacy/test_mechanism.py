@@ -123,6 +123,7 @@ def test_an_adaptive_clip_goes_to_the_median_norm_and_costs_one_event() -> None:
     assert 3.0 < one.clip.bound < 5.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["poisson", "fixed", "all"])
 def test_the_noise_that_is_solved_for_meets_the_cap(sampling: str) -> None:
     spec = spec_of(f"participation.sampling={sampling}", "run.rounds=20")

@@ -126,7 +126,7 @@ def test_killed_at_any_call_and_resumed(overrides: tuple[str, ...], after: bool)
 
 
 @slow_on_postgres
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.slow), True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "overrides",
     [("recipe.optimizer=nesterov",), pytest.param(("recipe.name=flora",), marks=pytest.mark.slow)],

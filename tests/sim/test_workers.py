@@ -100,6 +100,7 @@ class Here:
         return (portion.train(self.client) for portion in work)
 
 
+@pytest.mark.slow
 def test_ledgers_are_charged_once(spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of("recipe.name=ffa", *PRIVATE)
     client = build(spec).client.keeping(Accounts(tmp_path / "two"))
