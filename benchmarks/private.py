@@ -47,7 +47,7 @@ CLIENTS = (
 )
 """A client's step is its whole gradient, of about seven sentences; what is tuned is the server's step on the noised mean."""
 
-RATES_OF = {"example": (2.0, 4.0, 8.0, 16.0), "client": (0.5, 1.0, 2.0)}
+RATES_OF = {"example": (2.0, 4.0, 8.0), "client": (0.5, 1.0, 2.0)}
 
 
 def methods() -> dict[str, tuple[str, ...]]:
