@@ -210,8 +210,7 @@ class ZerothCoordinator:
         number = self.replica.number + 1
         asked = self._asked(number)
         answers = self._collect(asked)
-        needed = self.private is None or self.spec.participation.minimum > 0  # else it would tell that all have failed
-        if asked.slots and not answers and needed:
+        if not answers:
             refusals = self.store.refusals(self.run, number)
             if self.quorum.taken(f"exchange {number}", asked.slots, (), refusals, self.grid.nodes) is None:
                 self._end(self.quorum.ending)
