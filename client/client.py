@@ -377,13 +377,15 @@ class Client:
         own = self.shared.sent(asked.round, asked.rank)
         information = self._information(started, change) if uplink.informed else None
         change = self.shared.sent(asked.round).cut(change, own)
+        rotations = started.received.rotations
         if self.feedback is None:
             payload = uplink.encode(change, information, own, key)
         else:
-            rotations = started.received.rotations
             payload = self.feedback.encode(asked, change, rotations, uplink.codec, key)
-            change = self.feedback.corrected(asked, change, rotations)
-        return payload, {"codec_error": uplink.error(change, payload, own)} if self.spec.privacy.unit == "none" else {}
+        if self.spec.privacy.unit != "none":
+            return payload, {}
+        coded = change if self.feedback is None else self.feedback.corrected(asked, change, rotations)
+        return payload, {"codec_error": uplink.error(coded, payload, own)}
 
     def _information(self, started: _Started, change: Flat) -> Flat:
         """How sure the node is of each value that it sends, where its training has come to."""
