@@ -47,9 +47,3 @@ def modules_of(base: nn.Module, targets: str | Sequence[str], layers: Collection
 
 def _is_linear(module: nn.Module, name: str, layers: Collection[int]) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and block_of(name) in layers
-
-
-def stacked_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's stack of like blocks: of all module lists, the one with the most parameters."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-    return list(max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))

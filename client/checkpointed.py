@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import stacked_blocks
+from ..kernels.blocks import stacked_blocks
 
 
 def checkpoint_blocks(model: nn.Module) -> int:

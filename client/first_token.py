@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertCrossAttention
 
+from ..kernels.blocks import stacked_blocks
 from ..kernels.cohort import agree, with_gradients
-from .blocks import stacked_blocks
+from ..kernels.packing import Packing
 
 
 class FirstTokenAttention:
@@ -26,14 +27,20 @@ class FirstTokenAttention:
         self.attention = attention
 
     def __call__(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        first = hidden_states[:, :1]
-        mask = None if attention_mask is None else attention_mask[:, :, :1]  # (rows, 1, queries, keys)
+        first, mask = _first(hidden_states, attention_mask)
         projections: Any = self.attention.self
         context, weights = BertCrossAttention.forward(projections, first, hidden_states, mask)
         output: Any = self.attention.output
         return output(context, first), weights
+
+
+def _first(states: Tensor, mask: Tensor | Packing | None) -> tuple[Tensor, Tensor | Packing | None]:
+    """The first token of each row, and the mask of what it attends to."""
+    if isinstance(mask, Packing):
+        return mask.first(states), mask
+    return states[:, :1], None if mask is None else mask[:, :, :1]  # (rows, 1, queries, keys)
 
 
 def read_first_token(model: nn.Module) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.blocks import stacked_blocks
 from ..kernels.cohort import agree, with_gradients
-from .blocks import stacked_blocks
 from .shared_rows import SharedRows
 from .tasks import Examples, Indices, Task
 

@@ -4,8 +4,9 @@ Trainable tensors get a leading axis C; the rows of a batch are member-major, so
 member m. The base runs once over all C·b rows, the factors as batched matmuls. The sum of the members' losses gives
 each member its own gradient, because no member's output depends on another's tensors.
 
-Three forwards with one signature; each is slower than the one before, and none gives different numbers:
+Four forwards with one signature; each is slower than the one before, and none gives different numbers:
 
+    Packed     `Batched`, without what padding costs
     Batched    `bmm` over stacked LoRA factors and stacked heads (nn.Linear)
     Vmapped    `torch.vmap` over `functional_call`: any adapter whose forward vmap can trace
     Looped     one member after another: the plain reference
@@ -21,6 +22,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .packing import PackedBlocks, Packing, packed_inputs
+from .ragged import add_products
 
 Stack = dict[str, Tensor]
 """Parameter name ⇒ tensor (C, *shape) of every member's own values."""
@@ -48,6 +52,25 @@ def members(stack: Stack) -> int:
     return next(iter(stack.values())).shape[0]
 
 
+class Packed:
+    """`Batched`, its blocks run over the tokens that are there. A batch without padding is `Batched`'s own, and so is one
+    with adapter dropout, whose masks are drawn in padded shapes.
+
+    Raises NotBatchableError and ValueError where the tensors or the model's attention are not known.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.batched, self.blocks = Batched(model, names), PackedBlocks(model)
+
+    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if mask is None or dropout is not None or bool(mask.all()):
+            return self.batched(stack, inputs, dropout)
+        packing = Packing(mask, members(stack))
+        with self.blocks.packed(packing):
+            return self.batched(stack, packed_inputs(inputs, packing), None, packing.sizes)
+
+
 class Batched:
     """LoRA factors on linear layers as batched matmuls, heads likewise.
 
@@ -69,15 +92,18 @@ class Batched:
             else:
                 raise NotBatchableError(f"{name}: {type(layer).__name__}")
 
-    def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
-        with self._patched(stack, dropout):
+    def __call__(
+        self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None, sizes: Sequence[int] = ()
+    ) -> Tensor:
+        """`sizes` are the members' tokens where the blocks run over packed rows."""
+        with self._patched(stack, dropout, sizes):
             return _wide(self.model(**inputs).logits)
 
     @contextmanager
-    def _patched(self, stack: Stack, dropout: Dropout | None) -> Iterator[None]:
+    def _patched(self, stack: Stack, dropout: Dropout | None, sizes: Sequence[int]) -> Iterator[None]:
         """The model with the stacked forwards in place of the modules' own."""
         for name, layer in self.lora.items():
-            layer.forward = _lora_forward(name, layer, stack, dropout)
+            layer.forward = _lora_forward(name, layer, stack, dropout, sizes)
         for name, head in self.heads.items():
             head.forward = _head_forward(name, head, stack)  # type: ignore[method-assign, assignment]
         try:
@@ -160,23 +186,26 @@ class _MemberDropout(nn.Module):
 def fastest(model: nn.Module, names: list[str], inputs: Inputs) -> Forward:
     """The fastest forward that gives the loop's logits and gradients on `inputs` (two members; rows of real data).
 
-    Trying is the only honest test: a model may reorder its rows inside, and then no rule about its layers helps.
+    Trying is the only honest test: a model may reorder its rows inside, and then no rule about its layers helps. The last
+    row is cut short, so that what happens to padding is tried too.
     """
-    stack = _probe_stack(model, names)
+    stack, inputs = _probe_stack(model, names), _cut(inputs)
     tolerance = tolerance_of(next(model.parameters()).dtype)
     reference = _logits_and_gradients(Looped(model), stack, inputs)
-    for make in (lambda: Batched(model, names), lambda: Vmapped(model)):
+    for make in (lambda: Packed(model, names), lambda: Batched(model, names), lambda: Vmapped(model)):
         try:
             candidate: Forward = make()
             result = _logits_and_gradients(candidate, stack, inputs)
-        except (NotBatchableError, RuntimeError, ValueError, TypeError):
+        except (NotBatchableError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             continue
         if all(close(x, y, tolerance) for x, y in zip(result, reference, strict=True)):
             return candidate
     return Looped(model)
 
 
-def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout | None) -> Callable[..., Tensor]:
+def _lora_forward(
+    name: str, layer: LoraLinear, stack: Stack, dropout: Dropout | None, sizes: Sequence[int]
+) -> Callable[..., Tensor]:
     adapter = layer.active_adapters[0]
     a = stack.get(
         f"{name}.lora_A.{adapter}.weight", layer.lora_A[adapter].weight.detach()
@@ -184,7 +213,7 @@ def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout |
     b = stack.get(
         f"{name}.lora_B.{adapter}.weight", layer.lora_B[adapter].weight.detach()
     )  # (C, out, r), or shared (out, r)
-    count, scaling = members(stack), float(layer.scaling[adapter])
+    count, scaling, tokens = members(stack), float(layer.scaling[adapter]), sum(sizes)
     shared = [
         (layer.lora_A[other].weight, layer.lora_B[other].weight, float(layer.scaling[other]))
         for other in layer.active_adapters[1:]
@@ -195,6 +224,9 @@ def _lora_forward(name: str, layer: LoraLinear, stack: Stack, dropout: Dropout |
         sums = base.to(b.dtype)
         for frozen_a, frozen_b, factor in shared:
             sums = sums + factor * (x.to(frozen_a.dtype) @ frozen_a.mT @ frozen_b.mT)
+        if x.shape[:-1] == (1, tokens):
+            sums = add_products(sums[0], x[0].to(a.dtype), a, scaling * b, sizes)
+            return sums.view_as(base).to(base.dtype)
         rows = x.to(a.dtype).reshape(count, -1, x.shape[-1])
         if dropout is not None:
             rows = torch.stack([dropout(name, member, rows[member]) for member in range(count)])
@@ -258,6 +290,15 @@ def _probe_stack(model: nn.Module, names: list[str]) -> Stack:
         noise = torch.randn((2, *value.shape), generator=generator, dtype=torch.float32)
         stack[name] = (value + 0.02 * noise.to(value.device, value.dtype)).requires_grad_()
     return stack
+
+
+def _cut(inputs: Inputs) -> Inputs:
+    """The inputs with the last row's second half taken for padding."""
+    if "attention_mask" not in inputs:
+        return inputs
+    mask = inputs["attention_mask"].clone()
+    mask[-1, (mask.shape[1] + 1) // 2 :] = 0
+    return {**inputs, "attention_mask": mask}
 
 
 def _logits_and_gradients(forward: Forward, stack: Stack, inputs: Inputs) -> list[Tensor]:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from fedapt.client.adapted import AdaptedModel
 from fedapt.client.batches import plan_batches
-from fedapt.client.blocks import stacked_blocks
 from fedapt.client.checkpointed import checkpoint_blocks
 from fedapt.client.halfway import Halfway, Point
 from fedapt.client.models import load_model
 from fedapt.client.stopped import StoppedWork
 from fedapt.client.trainer import Member, Trained, Trainer
+from fedapt.kernels.blocks import stacked_blocks
 from fedapt.kernels.cohort import Batched, Forward, Looped
 
 from .clients import client_of, model_of, sites_of
