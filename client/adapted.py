@@ -34,8 +34,7 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return next(iter(self.parameters.values())).device
 
     def read(self) -> Flat:
         """The adapter in the model, fp32, (layout.size,)."""

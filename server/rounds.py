@@ -8,7 +8,7 @@ import numpy as np
 
 from ..kernels.lowrank import LowRank, Matrix, weighted_sum
 from ..protocols.errors import SpecError
-from ..protocols.layout import AdapterLayout, Flat, Pair
+from ..protocols.layout import AdapterLayout, Flat, Pair, TensorSpec
 from .grid import Evaluated, Failure
 
 ROUNDING = 1e-9
@@ -104,11 +104,19 @@ class Round:
 
     def module(self, pair: Pair) -> Module:
         b, a = (self.layout.view(self.adapter, spec.name).astype(np.float64) for spec in (pair.b, pair.a))
-        trains_b, shares_a = (pair.b.name in self.trained.offsets), (pair.a.name not in self.trained.offsets)
+        shares_a = pair.a.name not in self.trained.offsets
         ended = []
-        for contribution in self.contributions:
+        for contribution, own_b, own_a in zip(
+            self.contributions, self._trained(pair.b, b), self._trained(pair.a, a), strict=True
+        ):
             rank = pair.rank if shares_a else min(contribution.rank or pair.rank, pair.rank)
-            own_b = b + self.trained.view(contribution.change, pair.b.name) if trains_b else b
-            own_a = a if shares_a else a + self.trained.view(contribution.change, pair.a.name)
             ended.append(LowRank(own_b[:, :rank], own_a if rank == len(own_a) else own_a[:rank]))
         return Module(pair, LowRank(b, a), ended, [c.weight for c in self.contributions])
+
+    def _trained(self, spec: TensorSpec, start: Matrix) -> Iterable[Matrix]:
+        """A tensor as each node has it after training: `start` itself where nobody trains it."""
+        if spec.name not in self.trained.offsets:
+            return [start] * len(self.contributions)
+        first = self.trained.offsets[spec.name]
+        changes = np.array([c.change[first : first + spec.size] for c in self.contributions], np.float32)
+        return np.asarray(start + changes.reshape(len(changes), *spec.shape))
