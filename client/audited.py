@@ -15,7 +15,6 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from ..protocols.legality import recipe_of
 from ..protocols.spec import RunSpec
 from .adapted import AdaptedModel
 from .private import PrivateTrainer, private_trainer
+from .table import Table
 from .tasks import Array, Batch, Examples
 from .trainer import Member
 
@@ -45,7 +45,7 @@ class Linear:
 
     metric: Literal["accuracy", "perplexity"] = "perplexity"
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Table) -> Examples:
         raise NotImplementedError("examples of an audit are made as gradients")
 
     def collate(self, examples: Examples, members: Sequence[Array]) -> Batch:

@@ -5,15 +5,16 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
+
+from .table import Table
 
 # `pydoc_data` is what the bundled base was pre-trained on; the rest is not source that somebody wrote to be read.
 EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "pydoc_data", "__pycache__"})
 
 
-def stdlib() -> datasets.Dataset:
+def stdlib() -> Table:
     """One row for each .py file of the running Python's standard library, sorted by module and path.
 
     Columns: `module` (its top-level module or package), `path` (relative to the library's folder, with `/`) and
@@ -21,12 +22,12 @@ def stdlib() -> datasets.Dataset:
     """
     folder = Path(sysconfig.get_path("stdlib"))
     rows = [
-        {"module": module, "path": path.relative_to(folder).as_posix(), "text": text}
+        (module, path.relative_to(folder).as_posix(), text)
         for module in sorted(sys.stdlib_module_names)
         for path in _files(folder, module)
         if (text := _text(path)) is not None
     ]
-    return datasets.Dataset.from_list(rows)
+    return Table(dict(zip(("module", "path", "text"), zip(*rows, strict=True), strict=True)))
 
 
 def _files(folder: Path, module: str) -> Iterator[Path]:
@@ -49,8 +50,10 @@ def stdlib_prose() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def digits() -> datasets.Dataset:
+def digits() -> Table:
     """scikit-learn's 1797 handwritten digits. Columns: `image` (8×8 RGB, grey levels 0..255) and `label` (0..9)."""
+    # Both take a second, which no other data waits for.
+    import datasets
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -60,7 +63,8 @@ def digits() -> datasets.Dataset:
         "label": bunch.target.tolist(),
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict(columns, features=features)
+    table: Table = datasets.Dataset.from_dict(columns, features=features)
+    return table
 
 
-BUILTIN: dict[str, Callable[[], datasets.Dataset]] = {"builtin:digits": digits, "builtin:stdlib": stdlib}
+BUILTIN: dict[str, Callable[[], Table]] = {"builtin:digits": digits, "builtin:stdlib": stdlib}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 
@@ -21,6 +20,7 @@ from .models import load_model
 from .private import require_whole_rows
 from .site import NAME, Base, OwnData, Site, Train
 from .sources import check_labels, encode_labels, load_table, string_labels
+from .table import Table
 from .tasks import Examples
 from .trainer import Trainer
 
@@ -75,7 +75,7 @@ def load(site: Site, spec: RunSpec, node: int, accounts: Accounts, halfway: Half
     return Loaded(client.obeying(site.policy).keeping(accounts), scored)
 
 
-def own_tables(own: OwnData, model: Model) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def own_tables(own: OwnData, model: Model) -> tuple[Table, Table | None]:
     """Training and evaluation rows, their labels numbered. Raises DataError."""
     data = own.as_data()
     sources = [own.source, *([] if own.evaluation is None else [own.evaluation])]
@@ -120,7 +120,7 @@ def require_folder(base: Base) -> None:
         )
 
 
-def _numbered(table: datasets.Dataset, own: OwnData, model: Model, source: str) -> datasets.Dataset:
+def _numbered(table: Table, own: OwnData, model: Model, source: str) -> Table:
     """The rows with class numbers for labels. Raises DataError."""
     if model.labels is None:
         return table
@@ -138,7 +138,7 @@ def _numbered(table: datasets.Dataset, own: OwnData, model: Model, source: str) 
     return table
 
 
-def _encoded(adapted: AdaptedModel, table: datasets.Dataset, source: str) -> Examples:
+def _encoded(adapted: AdaptedModel, table: Table, source: str) -> Examples:
     examples = adapted.task.encode(table)
     if len(examples) == 0:
         raise DataError(f"{source}: nothing is left of it after encoding")

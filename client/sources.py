@@ -3,31 +3,27 @@
 Whatever is wrong with a source is found here, before a model is loaded, and is said with the row and the way out.
 """
 
-import csv
 import difflib
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-import datasets
 import numpy as np
-import pandas
 
 from ..protocols.errors import DataError
 from ..protocols.keys import derive, generator
 from ..protocols.spec import Data, Model
 from .builtin_data import BUILTIN
+from .plain_files import read_plain
+from .table import Table
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-WAY_OUT = "a local .jsonl, .csv or .parquet path works offline"
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class Tables:
     `labels` are the names of the classes by number; it is empty for causal-lm.
     """
 
-    train: datasets.Dataset
-    evaluation: datasets.Dataset
+    train: Table
+    evaluation: Table
     labels: tuple[str, ...]
 
 
@@ -68,37 +64,38 @@ def load_tables(data: Data, model: Model, seed: int) -> Tables:
     return Tables(train, evaluation, labels)
 
 
-def load_table(data: Data, source: str, task: str) -> datasets.Dataset:
+def load_table(data: Data, source: str, task: str) -> Table:
     """The rows of `source` (`data.source` or `data.evaluation`), at most `data.limit`, checked.
 
     Columns by task: `text` and `label` for sequence- and prompted-classification; `text`, or `prompt` and `response` where the
     spec names them, for causal-lm; `image` and `label` for image-classification. Other columns stay as they are.
     Raises DataError.
     """
-    with _quiet():
-        table = _read(source)
-        if len(table) == 0:
-            raise DataError(f"{source}: has no rows.")
-        if data.limit is not None:
-            table = table.select(range(min(data.limit, len(table))))
-        needed = _needed(data, task)
-        table = _with_canonical_names(table, data, source, needed)
-        for column in (key for key in needed if key not in ("image", "label")):
-            _check_texts(table, column, source)
-        if task == "image-classification":
-            table = _with_images(table, source)
-        if task != "causal-lm":
-            table = _with_whole_labels(table, source)
+    table = _read(source, task)
+    if len(table) == 0:
+        raise DataError(f"{source}: has no rows.")
+    if data.limit is not None:
+        table = table.select(range(min(data.limit, len(table))))
+    needed = _needed(data, task)
+    table = _with_canonical_names(table, data, source, needed)
+    for column in (key for key in needed if key not in ("image", "label")):
+        _check_texts(table, column, source)
+    if task == "image-classification":
+        from .dataset_files import with_images
+
+        table = with_images(table, source)
+    if task != "causal-lm":
+        table = _with_whole_labels(table, source)
     return table
 
 
-def string_labels(table: datasets.Dataset) -> tuple[str, ...]:
+def string_labels(table: Table) -> tuple[str, ...]:
     """The distinct labels, sorted, where the labels are strings; empty where they are numbers."""
     values = table["label"][:]
     return tuple(sorted(set(values))) if isinstance(values[0], str) else ()
 
 
-def encode_labels(table: datasets.Dataset, labels: Sequence[str], source: str) -> datasets.Dataset:
+def encode_labels(table: Table, labels: Sequence[str], source: str) -> Table:
     """`table` with each label replaced by its place in `labels`. Raises DataError on a label that is not there."""
     codes = {label: code for code, label in enumerate(labels)}
     values = table["label"][:]
@@ -108,10 +105,10 @@ def encode_labels(table: datasets.Dataset, labels: Sequence[str], source: str) -
             f"{source}, row {row + 1}: label {shown(values[row])} does not occur in the training data, "
             f"whose labels are {_listed(labels)}. Correct it, or remove the row."
         )
-    return table.remove_columns("label").add_column("label", [codes[value] for value in values])
+    return _with_labels(table, [codes[value] for value in values])
 
 
-def check_labels(table: datasets.Dataset, labels: int, source: str) -> None:
+def check_labels(table: Table, labels: int, source: str) -> None:
     """Raises DataError where a label is not a whole number in 0..labels-1."""
     values = table["label"][:]
     row = _first(values, lambda value: not isinstance(value, int) or not 0 <= value < labels)
@@ -122,14 +119,14 @@ def check_labels(table: datasets.Dataset, labels: int, source: str) -> None:
         )
 
 
-def _checked_labels(table: datasets.Dataset, names: Sequence[str], labels: int, source: str) -> datasets.Dataset:
+def _checked_labels(table: Table, names: Sequence[str], labels: int, source: str) -> Table:
     if names:
         table = encode_labels(table, names, source)
     check_labels(table, labels, source)
     return table
 
 
-def groups(table: datasets.Dataset, column: str) -> tuple[tuple[str, ...], Indices]:
+def groups(table: Table, column: str) -> tuple[tuple[str, ...], Indices]:
     """The distinct values of `column`, sorted, as text; and for each row the place of its value (int64, (rows,)).
 
     Raises DataError on an unknown column, a missing value, and values that are not all of one plain type.
@@ -149,7 +146,7 @@ def groups(table: datasets.Dataset, column: str) -> tuple[tuple[str, ...], Indic
     return tuple(str(value) for value in distinct), np.array([place[value] for value in values], np.int64)
 
 
-def _hold_out(table: datasets.Dataset, data: Data, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _hold_out(table: Table, data: Data, seed: int) -> tuple[Table, Table]:
     """`table` without, and only, the rows kept for evaluation."""
     unit, member = "row", np.arange(len(table))
     if data.partition.kind == "natural":
@@ -169,125 +166,36 @@ def _hold_out(table: datasets.Dataset, data: Data, seed: int) -> tuple[datasets.
 # Reading
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines of `datasets`: what goes wrong is said once, by us."""
-    bars, level = not datasets.are_progress_bars_disabled(), datasets.utils.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _read(source: str) -> datasets.Dataset:
+def _read(source: str, task: str) -> Table:
     if source.startswith("builtin:"):
         if source not in BUILTIN:
             raise DataError(f"{source}: no such data; there are {_listed(sorted(BUILTIN))}.")
         return BUILTIN[source]()
     path = Path(source).expanduser()
     # Hub names may hold dots ("org/v1.5"), but hardly ever end like a file.
-    if path.exists() or path.suffix[1:].isalpha() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:.+)?", source):
-        return _read_file(path, source)
-    return _read_hub(source)
+    if not path.exists() and not path.suffix[1:].isalpha() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:.+)?", source):
+        from .dataset_files import read_hub  # a second, as below
+
+        found: Table = read_hub(source)
+        return found
+    _require_file(path, source)
+    # An image is a kind of value that a plain table has not.
+    table = None if task == "image-classification" else read_plain(path)
+    if table is None:
+        from .dataset_files import read_file
+
+        table = read_file(path, source)
+    return table
 
 
-def _read_file(path: Path, source: str) -> datasets.Dataset:
+def _require_file(path: Path, source: str) -> None:
     if not path.exists():
         raise DataError(f"{source}: no such file. Check data.source and data.evaluation in the spec.")
-    if path.suffix not in FORMATS or not path.is_file():
+    if path.suffix not in EXTENSIONS or not path.is_file():
         what = f"unknown extension {path.suffix!r}" if path.is_file() else "is a folder"
-        raise DataError(f"{source}: {what}. Name a {', '.join(FORMATS)} file.")
+        raise DataError(f"{source}: {what}. Name a {', '.join(EXTENSIONS)} file.")
     if path.stat().st_size == 0:
         raise DataError(f"{source}: is empty.")
-    kind = FORMATS[path.suffix]
-    # Arrow's JSON reader takes any bytes for text, and fails at the first look at them.
-    fault = None if kind == "parquet" else _not_utf8(path)
-    if fault is not None:
-        raise DataError(f"{source}, line {fault[0]}: {fault[1]}. Save the file as UTF-8.")
-    try:
-        if kind == "csv":
-            return _read_csv(path)
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # pandas, pyarrow and datasets each raise their own
-        if "no data" in str(error):
-            raise DataError(f"{source}: has no rows.") from error
-        fault = _faulty_json(path) if kind == "json" else _faulty_csv(path) if kind == "csv" else None
-        if fault is not None:
-            raise DataError(f"{source}, line {fault[0]}: {fault[1]}. Correct or remove the line.") from error
-        raise DataError(f"{source}: cannot be read as {path.suffix} ({_reason(error)}).") from error
-
-
-def _read_csv(path: Path) -> datasets.Dataset:
-    # The loader in `datasets` calls pandas as well, but leaves the file open.
-    # Only an empty cell is missing: by default pandas reads the texts "None", "null" and "NA" as missing too.
-    frame = pandas.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
-    if not isinstance(frame.index, pandas.RangeIndex):
-        raise pandas.errors.ParserError("the rows have more fields than the header")
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _read_hub(source: str) -> datasets.Dataset:
-    name, _, split = source.partition(":")
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except (ConnectionError, FileNotFoundError) as error:
-        raise DataError(f"{source}: no network or no such dataset ({_reason(error)}); {WAY_OUT}.") from error
-    except Exception as error:  # an unknown split or configuration, a loading script, a damaged download
-        raise DataError(f"{source}: cannot be loaded from the hub ({_reason(error)}); {WAY_OUT}.") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the error at the root of `error`."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _not_utf8(path: Path) -> tuple[int, str] | None:
-    """The first line (from 1) that is not UTF-8, and why."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                return number, f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1})"
-    return None
-
-
-def _faulty_json(path: Path) -> tuple[int, str] | None:
-    """The first line that is malformed, and why; looked for only once a file has failed to load."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return number, f"not JSON ({error.msg} at column {error.colno})"
-            if not isinstance(row, dict):
-                return number, 'not a JSON object; each line holds one, as in {"text": "…"}'
-    return None
-
-
-def _faulty_csv(path: Path) -> tuple[int, str] | None:
-    """As `_faulty_json`; a quoted field may span lines, so the line is where its row begins."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        width = 0
-        while True:
-            number = reader.line_num + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                return number, f"not CSV ({error})"
-            if row is None:
-                return None
-            width = width or len(row)
-            if len(row) > width:
-                return number, f"{len(row)} fields where the header has {width}"
 
 
 # Columns
@@ -304,7 +212,7 @@ def _needed(data: Data, task: str) -> dict[str, str]:
     return {"text": data.text}
 
 
-def _with_canonical_names(table: datasets.Dataset, data: Data, source: str, needed: dict[str, str]) -> datasets.Dataset:
+def _with_canonical_names(table: Table, data: Data, source: str, needed: dict[str, str]) -> Table:
     """`table` with its needed columns renamed; a column whose name is thereby taken gives way."""
     for key, name in needed.items():
         if name not in table.column_names:
@@ -328,7 +236,7 @@ def _with_canonical_names(table: datasets.Dataset, data: Data, source: str, need
     return table
 
 
-def _check_texts(table: datasets.Dataset, column: str, source: str) -> None:
+def _check_texts(table: Table, column: str, source: str) -> None:
     values = table[column][:]
     row = _first(values, lambda value: not isinstance(value, str) or not value.strip())
     if row is not None:
@@ -337,7 +245,7 @@ def _check_texts(table: datasets.Dataset, column: str, source: str) -> None:
         raise DataError(f"{source}, row {row + 1}: {column} is {what}. Correct it, or remove the row.")
 
 
-def _with_whole_labels(table: datasets.Dataset, source: str) -> datasets.Dataset:
+def _with_whole_labels(table: Table, source: str) -> Table:
     """`table` with labels that are all whole numbers or all strings."""
     values = table["label"][:]
     row = _first(values, lambda value: value is None)
@@ -352,33 +260,18 @@ def _with_whole_labels(table: datasets.Dataset, source: str) -> datasets.Dataset
             "Labels are whole numbers from 0 on, or strings."
         )
     # Python takes true and false for whole numbers; the table should as well.
-    return table.cast_column("label", datasets.Value("int64")) if isinstance(values[0], bool) else table
+    return _with_labels(table, [int(value) for value in values]) if isinstance(values[0], bool) else table
 
 
-def _with_images(table: datasets.Dataset, source: str) -> datasets.Dataset:
-    """`table` with images for paths; a relative path is taken from the source's own folder."""
-    feature = table.features["image"]
-    column = table.data.column("image")
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise DataError(f"{source}, row {row + 1}: image is missing. Add it, or remove the row.")
-    if not isinstance(feature, datasets.Value):
-        return table
-    values = table["image"][:]
-    if not isinstance(values[0], str):
-        raise DataError(f"{source}, row 1: image is {shown(values[0])}, neither an image nor an array nor a path.")
-    paths = [str(Path(source).expanduser().parent / value) for value in values]
-    row = _first(paths, lambda path: not Path(path).is_file())
-    if row is not None:
-        raise DataError(f"{source}, row {row + 1}: image {values[row]!r} is no file. Correct the path.")
-    return table.remove_columns("image").add_column("image", paths).cast_column("image", datasets.Image())
+def _with_labels(table: Table, labels: Sequence[int]) -> Table:
+    return table.remove_columns("label").add_column("label", list(labels))
 
 
-def _class_names(table: datasets.Dataset, labels: int) -> tuple[str, ...]:
-    feature = table.features["label"]
-    if isinstance(feature, datasets.ClassLabel) and feature.num_classes == labels:
-        return tuple(feature.names)
-    return tuple(str(label) for label in range(labels))
+def _class_names(table: Table, labels: int) -> tuple[str, ...]:
+    """The names that a table of the datasets library has for its numbers; else the numbers."""
+    feature = None if isinstance(table, Table) else table.features["label"]
+    names = getattr(feature, "names", ())
+    return tuple(names) if len(names) == labels else tuple(str(label) for label in range(labels))
 
 
 def _first(values: Sequence[Any], bad: Callable[[Any], bool]) -> int | None:

@@ -11,14 +11,17 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 
 from ..protocols.errors import DataError, ModelError
 from ..protocols.spec import Model
+from .table import Table
 
 IGNORED = -100
+BATCH = 64
+"""Texts that are tokenized together."""
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -65,7 +68,7 @@ class Task(Protocol):
     @property
     def metric(self) -> Literal["accuracy", "perplexity"]: ...
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Table) -> Examples:
         """Tokenize or preprocess a whole table once."""
 
     def collate(self, examples: Examples, members: Sequence[Array]) -> Batch:
@@ -119,9 +122,9 @@ def _row_labels(examples: Examples, members: Sequence[Array], rows: int) -> Tens
     return torch.from_numpy(labels.ravel())
 
 
-def _labels(table: Dataset) -> Array:
+def _labels(table: Table) -> Array:
     """The classes of all rows, (n,) int64."""
-    return np.asarray(table.with_format("numpy", columns=["label"])[:]["label"], np.int64)
+    return np.asarray(table["label"][:], np.int64)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class SequenceClassification:
     pad: int = 0
     metric: Literal["accuracy"] = "accuracy"
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Table) -> Examples:
         ids = _tokenize(self.tokenizer, table, "text", self.max_length)
         return Examples(ids, list(_labels(table)), np.arange(len(table)))
 
@@ -158,10 +161,10 @@ class CausalLanguageModel:
     pad: int = 0
     metric: Literal["accuracy", "perplexity"] = "perplexity"
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Table) -> Examples:
         return self._dialogues(table) if "prompt" in table.column_names else self._texts(table)
 
-    def _texts(self, table: Dataset) -> Examples:
+    def _texts(self, table: Table) -> Examples:
         blocks, rows = [], []
         for row, ids in enumerate(_tokenize(self.tokenizer, table, "text", None)):
             for start in range(0, len(ids), self.max_length):
@@ -171,7 +174,7 @@ class CausalLanguageModel:
                     rows.append(row)
         return Examples(blocks, blocks, np.array(rows, np.int64))
 
-    def _dialogues(self, table: Dataset) -> Examples:
+    def _dialogues(self, table: Table) -> Examples:
         inputs, labels = [], []
         for prompt, response in zip(table["prompt"], table["response"], strict=True):
             before, after = self._prompt_and_response(prompt, response)
@@ -221,7 +224,7 @@ class PromptedClassification(CausalLanguageModel):
     words: tuple[int, ...] = ()
     metric: Literal["accuracy", "perplexity"] = "accuracy"
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Table) -> Examples:
         before, after = self.template.split("{text}")
         tail = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         if len(tail) >= self.max_length:
@@ -288,7 +291,8 @@ class ImageClassification:
     processor: Any
     metric: Literal["accuracy"] = "accuracy"
 
-    def encode(self, table: Dataset) -> Examples:
+    def encode(self, table: Any) -> Examples:
+        """`table` is a `datasets.Dataset`: images lie on disk, and are read as they are needed."""
         pixels = []
         for start in range(0, len(table), 256):
             images = [image.convert("RGB") for image in table[start : start + 256]["image"]]
@@ -310,20 +314,27 @@ class ImageClassification:
         return _token_losses(logits, labels)
 
 
-def _tokenize(tokenizer: Any, table: Dataset, column: str, max_length: int | None) -> list[Array]:
-    """Token ids (n,) int64 of every row; the datasets library caches them where the table came from a file."""
+def _tokenize(tokenizer: Any, table: Table, column: str, max_length: int | None) -> list[Array]:
+    """Token ids (n,) int64 of every row; the datasets library caches them where it has the table from a file."""
     settings = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
     lean = {"return_attention_mask": False, "return_token_type_ids": False}
-    tokenizer("", **settings)  # sets the truncation that is part of the tokenizer's serialized form, hashed below
+
+    def ids_of(texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts, **settings, **lean)["input_ids"]
+        return ids
+
+    if isinstance(table, Table):
+        batches = (table[column][start : start + BATCH] for start in range(0, len(table), BATCH))
+        return [np.array(row, np.int64) for texts in batches for row in ids_of(texts)]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        ids = tokenizer(batch[column], **settings, **lean)["input_ids"]
-        return {"ids": [np.asarray(row, np.int32) for row in ids]}
+        return {"ids": [np.asarray(row, np.int32) for row in ids_of(batch[column])]}
 
+    tokenizer("", **settings)  # sets the truncation that is part of the tokenizer's serialized form, hashed below
     form = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     fingerprint = sha256("|".join((table._fingerprint, column, str(max_length), form)).encode()).hexdigest()[:32]
     encoded = table.map(
-        encode, batched=True, batch_size=64, remove_columns=table.column_names, new_fingerprint=fingerprint
+        encode, batched=True, batch_size=BATCH, remove_columns=table.column_names, new_fingerprint=fingerprint
     )
     ids = encoded.with_format("arrow")[:]["ids"].combine_chunks()  # at once: row by row takes longer than tokenizing
     bounds = np.cumsum(ids.value_lengths().to_numpy())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from .adapters import HEADS, read_adapter
@@ -20,6 +19,7 @@ from .client.evaluation import score
 from .client.information import FisherInformation
 from .client.models import load_model
 from .client.sources import check_labels, encode_labels, load_table, string_labels
+from .client.table import Table
 from .client.tasks import Examples
 from .kernels.cohort import fastest
 from .kernels.lowrank import Matrix
@@ -103,7 +103,7 @@ def informed(values: Matrix, information: Matrix, weights: Matrix) -> Matrix:
     return fisher(values, information, weights, floor=FLOOR * float(information.mean(dtype=np.float64)) or FLOOR)
 
 
-def _rows(data: Path, model: Model) -> datasets.Dataset:
+def _rows(data: Path, model: Model) -> Table:
     source = str(data)
     table = load_table(Data(source=source), source, model.task)
     if model.labels is None:

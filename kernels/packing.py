@@ -48,7 +48,7 @@ class Packing:
         if packed.shape[1] == self.rows:
             return packed.transpose(0, 1)
         padded: Tensor = _Put.apply(packed[0], self.places, self.rows * self.length)  # type: ignore[no-untyped-call]
-        return padded.unflatten(0, (self.rows, self.length))
+        return padded.view(self.rows, self.length, *padded.shape[1:])
 
     def first(self, packed: Tensor) -> Tensor:
         """The first token of each row, (1, rows, …)."""
@@ -65,7 +65,7 @@ class _Taken(torch.autograd.Function):
         return x.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None
 
@@ -79,7 +79,7 @@ class _Put(torch.autograd.Function):
         return x.new_zeros(count, *x.shape[1:]).index_copy_(0, places, x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
         return gradient.index_select(0, places), None, None
 

@@ -34,7 +34,7 @@ class _AddProducts(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, inner = ctx.saved_tensors
         dx, da, db = (
             torch.zeros_like(own) if needed else None

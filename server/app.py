@@ -15,7 +15,8 @@ from ..protocols.records import spec_from_context
 from .coordinator import Coordinator, Evaluate
 from .exchanges import ZerothCoordinator
 from .export import save_adapter
-from .grid import FlowerGrid, NodeGrid
+from .flower import FlowerGrid
+from .grid import NodeGrid
 from .private import require_population
 from .store import MemoryStore, Store
 

@@ -20,7 +20,7 @@ from ..protocols.records import (
     update_to_records,
 )
 from ..protocols.update import Assignment, Description, Update
-from .grid import Failure
+from .grid import Evaluated, Failure, NodeGrid
 
 SERVER_NODE = 0
 
@@ -114,3 +114,29 @@ class MessageGrid(Grid):
             self._run_id, "", asked.dst_node_id, SERVER_NODE, number, asked.group_id, 0.0, asked.ttl, asked.message_type
         )
         return message(content, metadata)
+
+
+class Messages(MessageGrid):
+    """Any NodeGrid as a Flower grid, the inverse of `flower.FlowerGrid`. It is a NodeGrid still, of the same nodes."""
+
+    def __init__(self, grid: NodeGrid, run_id: int = 1) -> None:
+        super().__init__(run_id)
+        self.grid = grid
+
+    def nodes(self) -> list[int]:
+        return list(self.grid.nodes())
+
+    def rank(self, node: int) -> int:
+        return self.grid.rank(node)
+
+    def describe(self) -> Description:
+        return self.grid.describe()
+
+    def send(self, assignments: Sequence[Assignment]) -> None:
+        self.grid.send(assignments)
+
+    def replies(self, timeout: float) -> Iterator[Update | Failure]:
+        return self.grid.replies(timeout)
+
+    def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
+        return self.grid.evaluate(assignments, timeout)

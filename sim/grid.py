@@ -1,5 +1,6 @@
 """The grid of a simulation: all nodes live in this process, and a whole round is one call of `client.train`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -9,8 +10,7 @@ from ..client.slopes import exchanger_of
 from ..protocols.exchange import Answer, Exchange
 from ..protocols.legality import rank_of
 from ..protocols.update import Assignment, Description, Update
-from ..server.grid import Evaluated
-from ..server.messages import MessageGrid
+from ..server.grid import Evaluated, Failure
 
 PORTION = 16
 """Assignments trained in one call, at most: enough for one full cohort of small clients, few enough to share out."""
@@ -23,11 +23,10 @@ def portions(assignments: Sequence[Assignment]) -> list[Sequence[Assignment]]:
     return [assignments[first:last] for first, last in pairwise(bounds)]
 
 
-class VirtualNodes(MessageGrid):
-    """The nodes of a client that are all on this machine; how a round is trained is left to `replies`."""
+class VirtualNodes(ABC):
+    """The nodes of a client that are all on this machine (`server.grid.NodeGrid`). `replies` trains a round."""
 
-    def __init__(self, client: Client, run_id: int = 1) -> None:
-        super().__init__(run_id)
+    def __init__(self, client: Client) -> None:
         self.client = client
         self._sent: list[Assignment] = []
 
@@ -48,6 +47,9 @@ class VirtualNodes(MessageGrid):
     def send(self, assignments: Sequence[Assignment]) -> None:
         self._sent = list(assignments)
 
+    @abstractmethod
+    def replies(self, timeout: float) -> Iterator[Update | Failure]: ...
+
     def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated]:
         for asked in assignments:
             self.client.load(asked)
@@ -56,13 +58,10 @@ class VirtualNodes(MessageGrid):
 
 
 class LocalGrid(VirtualNodes):
-    """A grid in this process, for the coordinator's narrow protocol (`server.grid.NodeGrid`) and for Flower's messages.
+    """A grid in this process. Flower reaches it through `server.messages.Messages`; a test holds both ways equal."""
 
-    Both ways give `client.train` the same assignments; a test holds them equal.
-    """
-
-    def __init__(self, client: Client, run_id: int = 1) -> None:
-        super().__init__(client, run_id)
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
         self._exchanger: Exchanger | None = None
 
     def replies(self, timeout: float) -> Iterator[Update]:

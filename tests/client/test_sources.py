@@ -379,6 +379,11 @@ def test_stdlib_prose() -> None:
     assert "\n\n" in stdlib_prose()
 
 
+def test_texts_are_no_images() -> None:
+    with refused("builtin:stdlib, row 1: image ", "is no file"):
+        load("builtin:stdlib", SEE, image="text", label="module", limit=2)
+
+
 def test_unknown_builtin() -> None:
     with refused("builtin:digit: no such data", "builtin:digits, builtin:stdlib"):
         load("builtin:digit")

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessor
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 
+from fedapt.client.table import Table
 from fedapt.client.tasks import (
     IGNORED,
     CausalLanguageModel,
     Examples,
     ImageClassification,
     SequenceClassification,
+    Task,
     member_losses,
 )
 from fedapt.protocols.errors import DataError
@@ -87,6 +89,20 @@ def test_the_length_of_a_text_is_part_of_what_is_cached(word_tokenizer: Any) -> 
     rows = table(text=["a very very fine film"], label=[0])
     lengths = [len(SequenceClassification(word_tokenizer, n).encode(rows).inputs[0]) for n in (7, 4, 7)]
     assert lengths == [7, 4, 7]
+
+
+@given(st.lists(st.text("abc film", max_size=20), min_size=1, max_size=70), st.sampled_from([None, 4, 9]))
+def test_a_plain_table_has_the_tokens_of_a_dataset(texts: list[str], max_length: int | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(files("fedapt.client") / "builtin" / "byte-llama"))
+    rows: dict[str, list[Any]] = {"text": texts, "label": [len(text) for text in texts]}
+    task: Task = CausalLanguageModel(tokenizer, 8)
+    if max_length is not None:
+        task = SequenceClassification(tokenizer, max_length)
+    plain, other = task.encode(Table(rows)), task.encode(table(**rows))
+    assert ids_of(plain) == ids_of(other)
+    assert plain.rows.tolist() == other.rows.tolist()
+    assert [own.tolist() for own in plain.labels] == [own.tolist() for own in other.labels]
+    assert {own.dtype for own in (*plain.inputs, *plain.labels)} <= {np.dtype(np.int64)}
 
 
 # Language models

@@ -84,6 +84,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+FIRST_STEP = """
+import sys
+from fedapt.cli import main
+from fedapt.client.trainer import Trainer
+heavy = {"torch", "flwr", "grpc", "datasets", "pandas", "pyarrow", "aiohttp", "sklearn"}
+Trainer.train = lambda *_, **__: sys.exit(f"loaded {sorted(heavy & set(sys.modules))}")
+main()
+"""
+
+
+def test_a_simulation_waits_for_torch_and_nothing_that_it_does_not_need(tiny: Path, tmp_path: Path) -> None:
+    """Each of the others takes a good part of a second: they would be there before the first step."""
+    command = [sys.executable, "-P", "-c", FIRST_STEP, "simulate", str(tiny), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stderr.splitlines()[-1] == "loaded ['torch']", done.stderr
+
+
 def test_simulate_then_look_then_export(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = fedapt("simulate", tiny, "--out", out, "--json")

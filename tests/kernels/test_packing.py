@@ -8,11 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fedapt.kernels import packing as module
 from fedapt.kernels.cohort import Batched, Looped, Packed, Stack, fastest
-from fedapt.kernels.packing import PackedBlocks, Packing, packed_attention
+from fedapt.kernels.packing import IMPLEMENTATION, PackedBlocks, Packing, packed_attention
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT: dict[str, Any] = {"num_labels": 3, "initializer_range": 0.2, "vocab_size": 100, "pad_token_id": 0}
@@ -108,12 +114,12 @@ def test_a_decoder_is_not_packed_because_its_positions_are_the_rows_own() -> Non
 
 def test_attention_across_texts_is_noticed_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def across(attending: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **settings: Any) -> Any:
-        return module.sdpa_attention_forward(attending, query, key, value, None, is_causal=False, **settings)
+        return sdpa_attention_forward(attending, query, key, value, None, is_causal=False, **settings)
 
-    monkeypatch.setitem(module.AttentionInterface._global_mapping, module.IMPLEMENTATION, across)
+    monkeypatch.setitem(AttentionInterface._global_mapping, IMPLEMENTATION, across)
     model = bert()
     assert isinstance(fastest(model, names_of(model), texts([4, 4, 3, 4])), Batched)
-    monkeypatch.setitem(module.AttentionInterface._global_mapping, module.IMPLEMENTATION, packed_attention)
+    monkeypatch.setitem(AttentionInterface._global_mapping, IMPLEMENTATION, packed_attention)
     assert isinstance(fastest(model, names_of(model), texts([4, 4, 3, 4])), Packed)
 
 

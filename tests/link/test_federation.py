@@ -26,7 +26,8 @@ from fedapt.protocols.spec import RunSpec
 from fedapt.protocols.update import Assignment, Update
 from fedapt.server.app import server_app
 from fedapt.server.coordinator import Coordinator
-from fedapt.server.grid import Failure, FlowerGrid, NodeGrid
+from fedapt.server.flower import FlowerGrid
+from fedapt.server.grid import Failure, NodeGrid
 from fedapt.server.link import desk as desks
 from fedapt.server.link.desk import Desk
 from fedapt.server.link.grid import LinkGrid

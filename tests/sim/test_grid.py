@@ -1,4 +1,4 @@
-"""LocalGrid spoken to in two ways: through the coordinator's narrow protocol, and by Flower messages."""
+"""LocalGrid spoken to in two ways: through the coordinator's narrow protocol, and by Flower messages to an adapter."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -36,7 +36,9 @@ from fedapt.protocols.update import Assignment, Update, version_of
 from fedapt.server import app as server
 from fedapt.server.app import server_app
 from fedapt.server.coordinator import Coordinator
-from fedapt.server.grid import Failure, FlowerGrid, NodeGrid, read_rank, read_reply
+from fedapt.server.flower import FlowerGrid, read_rank, read_reply
+from fedapt.server.grid import Failure, NodeGrid
+from fedapt.server.messages import Messages
 from fedapt.server.store import MemoryStore
 from fedapt.sim.federation import Federation, build
 from fedapt.sim.grid import PORTION, LocalGrid
@@ -57,8 +59,8 @@ def federation(spec: RunSpec) -> Federation:
 
 
 @pytest.fixture
-def grid(federation: Federation) -> LocalGrid:
-    return LocalGrid(federation.client, run_id=77)
+def grid(federation: Federation) -> Messages:
+    return Messages(LocalGrid(federation.client), run_id=77)
 
 
 def assignments(federation: Federation) -> list[Assignment]:
@@ -69,24 +71,28 @@ def assignments(federation: Federation) -> list[Assignment]:
     return [Assignment("run", 1, 1, node, version_of(downlink, state), payload) for node in client.nodes()]
 
 
-def messages(grid: LocalGrid, asked: list[Assignment]) -> list[Message]:
+def messages(grid: Messages, asked: list[Assignment]) -> list[Message]:
     return [grid.create_message(assignment_to_records(a), TRAIN, a.node, "1") for a in asked]
 
 
-def test_it_is_a_grid_in_both_ways(grid: LocalGrid, federation: Federation) -> None:
+def test_it_is_a_grid_in_both_ways(grid: Messages, federation: Federation) -> None:
     assert isinstance(grid, Grid)
     assert isinstance(grid, NodeGrid)
+    assert isinstance(grid.grid, NodeGrid)
+    assert not isinstance(grid.grid, Grid), "a simulation knows nothing of Flower"
     assert isinstance(FlowerGrid(grid), NodeGrid)
     assert list(grid.get_node_ids()) == grid.nodes() == federation.client.nodes()
     assert grid.run.run_id == 77
 
 
-def test_messages_and_the_narrow_protocol_give_the_same_updates(grid: LocalGrid, federation: Federation) -> None:
-    asked = assignments(federation)
-    grid.send(asked)
-    narrow = list(grid.replies(60.0))
+def test_messages_and_the_narrow_protocol_give_the_same_updates(grid: Messages, federation: Federation) -> None:
+    asked, local = assignments(federation), LocalGrid(federation.client)
+    local.send(asked)
+    narrow = list(local.replies(60.0))
     assert [update.node for update in narrow] == [a.node for a in asked]
-    assert list(grid.replies(60.0)) == [], "an assignment is answered once"
+    assert list(local.replies(60.0)) == [], "an assignment is answered once"
+    grid.send(asked)
+    assert list(grid.replies(60.0)) == narrow
     replies = grid.send_and_receive(messages(grid, asked))
     assert [update_from_records(reply.content) for reply in replies] == narrow
     adapter = FlowerGrid(grid)
@@ -95,7 +101,7 @@ def test_messages_and_the_narrow_protocol_give_the_same_updates(grid: LocalGrid,
     assert list(adapter.replies(0.0)) == []
 
 
-def test_replies_name_what_they_answer(grid: LocalGrid, federation: Federation) -> None:
+def test_replies_name_what_they_answer(grid: Messages, federation: Federation) -> None:
     sent = messages(grid, assignments(federation))
     numbers = list(grid.push_messages(sent))
     assert len(set(numbers)) == len(sent)
@@ -109,7 +115,7 @@ def test_replies_name_what_they_answer(grid: LocalGrid, federation: Federation) 
         assert reply.metadata.dst_node_id == message.metadata.src_node_id
 
 
-def test_a_description_travels_whole(grid: LocalGrid, federation: Federation) -> None:
+def test_a_description_travels_whole(grid: Messages, federation: Federation) -> None:
     own = federation.client.describe()
     (reply,) = grid.send_and_receive([grid.create_message(RecordDict(), DESCRIBE, 0, "")])
     for description in (grid.describe(), FlowerGrid(grid).describe(), description_from_records(reply.content)):
@@ -119,7 +125,7 @@ def test_a_description_travels_whole(grid: LocalGrid, federation: Federation) ->
         assert json.loads(json.dumps(dict(description.config))) == json.loads(json.dumps(dict(own.config)))
 
 
-def test_what_is_no_assignment_is_an_error_of_its_own_message(grid: LocalGrid, federation: Federation) -> None:
+def test_what_is_no_assignment_is_an_error_of_its_own_message(grid: Messages, federation: Federation) -> None:
     good, *_ = messages(grid, assignments(federation))
     empty = grid.create_message(RecordDict({"assignment": ConfigRecord({"run": "run"})}), TRAIN, 1, "1")
     other = grid.create_message(RecordDict(), EVALUATE, 2, "1")
@@ -130,7 +136,7 @@ def test_what_is_no_assignment_is_an_error_of_its_own_message(grid: LocalGrid, f
     assert isinstance(update, Update)
 
 
-def test_an_update_in_anothers_name_is_a_failure(grid: LocalGrid, federation: Federation) -> None:
+def test_an_update_in_anothers_name_is_a_failure(grid: Messages, federation: Federation) -> None:
     first, second, *_ = assignments(federation)
     message = grid.create_message(assignment_to_records(first), TRAIN, second.node, "1")
     (reply,) = grid.send_and_receive([message])
@@ -159,7 +165,7 @@ def test_the_final_adapter_is_the_same(spec: RunSpec, overrides: list[str]) -> N
     spec = spec.set(*overrides, "adapter.dropout=0.1", "participation.sampling=fixed", "participation.rate=0.7")
     client = build(spec).client
     finals = []
-    for wrap in (LocalGrid, lambda client: FlowerGrid(LocalGrid(client))):
+    for wrap in (LocalGrid, lambda client: FlowerGrid(Messages(LocalGrid(client)))):
         nodes = wrap(client.under(spec))  # without what top-k kept back in the other run
         coordinator = Coordinator(spec, nodes, MemoryStore())
         rows = [{**row, "seconds": 0} for row in coordinator.rounds()]
@@ -170,13 +176,13 @@ def test_the_final_adapter_is_the_same(spec: RunSpec, overrides: list[str]) -> N
 
 def test_a_virtual_node_states_the_rank_that_is_drawn_for_it(spec: RunSpec, federation: Federation) -> None:
     mixed = spec.set("recipe.name=flora", "adapter.ranks=[1, 2, 4]")
-    grid = LocalGrid(federation.client.under(mixed))
+    grid = Messages(LocalGrid(federation.client.under(mixed)))
     drawn = [rank_of(mixed, node) for node in grid.nodes()]
     assert len(set(drawn)) > 1
     assert [grid.rank(node) for node in grid.nodes()] == drawn
     messages = FlowerGrid(grid)
     assert [messages.rank(node) for node in grid.nodes()] == drawn
-    assert {FlowerGrid(LocalGrid(federation.client)).rank(node) for node in grid.nodes()} == {0}
+    assert {FlowerGrid(Messages(LocalGrid(federation.client))).rank(node) for node in grid.nodes()} == {0}
 
 
 @pytest.mark.parametrize("content", [Error(0, "no query.rank here"), RecordDict(), rank_to_records(-1)])
@@ -184,13 +190,14 @@ def test_a_reply_without_a_rank_states_none(content: RecordDict | Error) -> None
     assert read_rank(message_of(content, Metadata(77, "", 5, 0, "1", "", 0.0, 60.0, "query.rank"))) == 0
 
 
-def test_a_large_round_comes_in_portions(grid: LocalGrid, federation: Federation, monkeypatch: Any) -> None:
+def test_a_large_round_comes_in_portions(federation: Federation, monkeypatch: Any) -> None:
     sizes: list[int] = []
 
     def train(asked: list[Assignment]) -> list[Assignment]:
         sizes.append(len(asked))
         return asked
 
+    grid = LocalGrid(federation.client)
     monkeypatch.setattr(grid, "client", type("Counting", (), {"train": staticmethod(train)})())
     asked = assignments(federation)[:1] * (2 * PORTION + 5)
     grid.send(asked)
@@ -209,7 +216,7 @@ def context(spec: RunSpec, **config: str) -> Context:
 class MessagesOnly:
     """A Flower grid that has nothing of the narrow protocol, as Flower's own have not."""
 
-    def __init__(self, grid: LocalGrid) -> None:
+    def __init__(self, grid: Messages) -> None:
         self.run, self.get_node_ids = grid.run, grid.get_node_ids
         self.push_messages, self.pull_messages = grid.push_messages, grid.pull_messages
         self.send_and_receive = grid.send_and_receive
@@ -217,7 +224,7 @@ class MessagesOnly:
 
 @pytest.mark.parametrize("wrap", [lambda grid: grid, MessagesOnly], ids=["narrow", "messages"])
 def test_the_server_app_runs_on_it(
-    spec: RunSpec, federation: Federation, grid: LocalGrid, tmp_path: Path, wrap: Callable[[LocalGrid], Any]
+    spec: RunSpec, federation: Federation, grid: Messages, tmp_path: Path, wrap: Callable[[Messages], Any]
 ) -> None:
     server.app(grid=wrap(grid), context=context(spec, out=str(tmp_path / "adapter")))
     expected = Coordinator(spec, LocalGrid(federation.client), MemoryStore())
@@ -231,7 +238,7 @@ def test_the_server_app_runs_on_it(
 
 
 def test_a_server_app_of_ones_own_store_and_evaluation(
-    spec: RunSpec, federation: Federation, grid: LocalGrid, tmp_path: Path
+    spec: RunSpec, federation: Federation, grid: Messages, tmp_path: Path
 ) -> None:
     store = MemoryStore()
     server_app(store, federation.evaluate)(grid=grid, context=context(spec))
@@ -241,7 +248,7 @@ def test_a_server_app_of_ones_own_store_and_evaluation(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_who_is_connected_is_no_public_number_of_clients(spec: RunSpec, grid: LocalGrid) -> None:
+def test_who_is_connected_is_no_public_number_of_clients(spec: RunSpec, grid: Messages) -> None:
     private = spec.set(
         "recipe.name=ffa", "recipe.weighting=uniform", "privacy.unit=client", "privacy.epsilon=6", "local.optimizer=sgd"
     )
@@ -252,7 +259,7 @@ def test_who_is_connected_is_no_public_number_of_clients(spec: RunSpec, grid: Lo
 class Slow:
     """A grid of which some nodes never answer, and which takes some messages not at all."""
 
-    def __init__(self, grid: LocalGrid, silent: set[str]) -> None:
+    def __init__(self, grid: Messages, silent: set[str]) -> None:
         self.grid, self.silent, self.run = grid, silent, grid.run
 
     def get_node_ids(self) -> list[int]:
@@ -267,7 +274,7 @@ class Slow:
         return list(self.grid.pull_messages([number for number in numbers if number not in self.silent]))
 
 
-def test_a_deadline_ends_the_waiting(grid: LocalGrid, federation: Federation) -> None:
+def test_a_deadline_ends_the_waiting(grid: Messages, federation: Federation) -> None:
     asked = assignments(federation)
     nodes = FlowerGrid(cast(Grid, Slow(grid, {"2", "3"})), wait_seconds=0.01)
     nodes.send(asked)
@@ -305,9 +312,10 @@ class Wire:
         return [5, 1]
 
 
-def test_the_same_messages_suit_flowers_wire_and_its_client_app(grid: LocalGrid, federation: Federation) -> None:
+def test_the_same_messages_suit_flowers_wire_and_its_client_app(federation: Federation) -> None:
     """Node 0 is left out: outside a simulation Flower has none of that number."""
     asked = [a for a in assignments(federation) if a.node > 0]
+    grid = LocalGrid(federation.client)
     grid.send(asked)
     together = list(grid.replies(60.0))
     wire = FlowerGrid(cast(Grid, Wire(federation)))
