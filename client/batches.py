@@ -26,6 +26,8 @@ def plan_batches(lengths: Indices, local: Local, seed: int, round_: int, node: i
     if count == 0:
         return []
     epoch_steps, steps = -(-count // local.batch_size), steps_of(count, local)
+    if epoch_steps == 1:  # nothing to draw
+        return [np.arange(count)] * steps
     batches: list[Indices] = []
     for epoch in range(-(-steps // epoch_steps)):
         random = generator(derive(seed, "batches", round_, node, epoch))

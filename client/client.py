@@ -24,6 +24,7 @@ from ..protocols.update import Assignment, Description, Update, refused
 from .accounts import Accounts
 from .adapted import AdaptedModel
 from .batches import plan_batches
+from .chunks import chunk_tokens
 from .evaluation import Scores, score
 from .feedback import Feedback, Rotations
 from .information import FisherInformation, drawn
@@ -147,6 +148,12 @@ class Client:
     def nodes(self) -> list[int]:
         """The nodes whose data is held here, those without an example left out."""
         return list(self.sites.nodes)
+
+    def together(self) -> int:
+        """How many nodes train in one chunk, about: how large the parts of a round may be that are trained in one call."""
+        lengths = self.sites.examples.lengths
+        tokens = self.spec.local.batch_size * (float(lengths.mean()) if len(lengths) else 1.0)
+        return max(1, int(chunk_tokens(self.adapted.model) / tokens))
 
     def describe(self) -> Description:
         """What the server must know of the model before round 1."""

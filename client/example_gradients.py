@@ -11,14 +11,15 @@ import torch
 
 from ..kernels.cohort import Looped, Stack
 from ..privacy.noise import Floats
+from .chunks import chunk_tokens
 from .hooked import Hooked
 from .tasks import Batch, Examples, Indices, member_losses
-from .trainer import COHORT_TOKENS, Trainer
+from .trainer import Trainer
 
 LONGER = 1.4
 """How much longer than the shortest an example may be that runs beside it: padding costs more than another forward."""
 
-CHUNK_BYTES = 2**26
+GRADIENT_BYTES = 2**26
 """What the gradients of the examples that run together may take."""
 
 
@@ -50,14 +51,14 @@ class ExampleGradients(Trainer):
         return dict(zip(stack, gradients, strict=True))
 
     def _parts(self, examples: Examples, batch: Indices) -> Iterator[Indices]:
-        """The batch by increasing length, in parts of like length, within COHORT_TOKENS and CHUNK_BYTES, or of one."""
+        """The batch by increasing length, in parts of like length, within `chunk_tokens` and GRADIENT_BYTES, or of one."""
         alone = isinstance(self.forward, Looped) and self.hooks is None
-        most = 1 if alone else max(1, CHUNK_BYTES // (4 * max(1, self.trained.size)))
+        most = 1 if alone else max(1, GRADIENT_BYTES // (4 * max(1, self.trained.size)))
         ordered = batch[np.argsort(examples.lengths[batch], kind="stable")]
         lengths = examples.lengths[ordered]
-        first = 0
+        first, tokens = 0, chunk_tokens(self.adapted.model)
         for i in range(1, len(ordered)):
-            fits = i - first < most and (i - first + 1) * lengths[i] <= COHORT_TOKENS
+            fits = i - first < most and (i - first + 1) * lengths[i] <= tokens
             if not fits or lengths[i] > LONGER * lengths[first]:
                 yield ordered[first:i]
                 first = i

@@ -19,14 +19,12 @@ from ..protocols.keys import derive
 from ..protocols.layout import AdapterLayout, Flat
 from ..protocols.spec import Local
 from .adapted import AdaptedModel
+from .chunks import chunk_tokens
 from .halfway import Halfway, Point, state_of
 from .tasks import Examples, Indices, member_losses
 
 Losses = np.ndarray[Any, np.dtype[np.float32]]
 """A member's loss before each of its steps, (steps,)."""
-
-COHORT_TOKENS = 4096
-"""Rows × length of one step of a chunk: enough to amortize Python and small kernels, small enough for the caches."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Trainer:
         return [results[position] for position in range(len(cohort))]
 
     def _chunks(self, examples: Examples, cohort: Sequence[Member]) -> list[list[int]]:
-        """Members in order of falling steps, as many in a chunk as keep one step within COHORT_TOKENS.
+        """Members in order of falling steps, as many in a chunk as keep one step within `chunk_tokens`.
 
         AdamW corrects its moments by the number of steps, which is one number for a stack: others do not join it.
         """
@@ -109,11 +107,12 @@ class Trainer:
             return [[position] for position in range(len(cohort))]
         chunks: list[list[int]] = []
         rows = length = 0
+        most = chunk_tokens(self.adapted.model)
         for position in sorted(range(len(cohort)), key=lambda i: (_before(cohort[i]), -len(cohort[i].batches))):
             own_rows = max(len(b) for b in cohort[position].batches)
             own_length = max(int(examples.lengths[b].max()) for b in cohort[position].batches)
             rows, length = max(rows, own_rows), max(length, own_length)
-            fits = chunks and (len(chunks[-1]) + 1) * rows * length <= COHORT_TOKENS
+            fits = chunks and (len(chunks[-1]) + 1) * rows * length <= most
             if fits and _before(cohort[chunks[-1][0]]) == _before(cohort[position]):
                 chunks[-1].append(position)
             else:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .client.adapted import AdaptedModel
+from .client.chunks import activation_bytes, chunk_tokens
 from .client.models import load_model
 from .client.sources import load_tables
-from .client.trainer import COHORT_TOKENS
 from .exchange_planning import exchange_traffic, longest_segment, probes_together
 from .forecast import Forecast, forecast
 from .protocols.codecs import CODECS, uplink_of
@@ -19,9 +19,6 @@ from .server.participation import cohort_size
 from .sim.clock import examples_of
 from .sim.fleet import fleet_of, seconds
 from .sim.partition import partition
-
-ACTIVATIONS_PER_TOKEN = 34
-"""fp32 values of width `hidden` that one token keeps in one transformer layer for the backward pass (about)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def plan(spec: RunSpec) -> Plan:
         memory_weights=weights,
         memory_adapters=4 * own * probes_together(spec)
         if recipe.zeroth
-        else _chunk(spec) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
+        else _chunk(spec, adapted) * sent * 4 * (4 if spec.local.optimizer == "adamw" else 2),
         memory_activations=_activations(spec, adapted),
         privacy=forecast(spec, [size for size in sizes if size > 0], sent),
         longest_segment=longest,
@@ -132,13 +129,11 @@ def _sizes(spec: RunSpec) -> list[int]:
     return [len(own) for own in partition(tables.train, spec.data.partition, spec.run.seed).rows]
 
 
-def _chunk(spec: RunSpec) -> int:
+def _chunk(spec: RunSpec, adapted: AdaptedModel) -> int:
     """Members that train together, at full length."""
-    return max(1, COHORT_TOKENS // (spec.local.batch_size * spec.model.max_length))
+    return max(1, chunk_tokens(adapted.model) // (spec.local.batch_size * spec.model.max_length))
 
 
 def _activations(spec: RunSpec, adapted: AdaptedModel) -> int:
-    config = adapted.model.config.get_text_config()
-    tokens = _chunk(spec) * spec.local.batch_size * spec.model.max_length
-    layers, hidden = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
-    return int(tokens * layers * hidden * ACTIVATIONS_PER_TOKEN * 4)
+    tokens = _chunk(spec, adapted) * spec.local.batch_size * spec.model.max_length
+    return tokens * activation_bytes(adapted.model)

@@ -31,6 +31,7 @@ from .sim.clock import with_clock
 from .sim.federation import Federation, build
 from .sim.fleet import fleet_of
 from .sim.grid import LocalGrid, VirtualNodes
+from .sim.memory import keep_freed_memory
 from .sim.workers import WorkerGrid, cores, prepare, processes
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def worker_grid(client: "Client", workers: int, engine: Literal["local", "ray"])
             yield WorkerGrid(client, pool)
         return
     if (count := workers or cores()) == 1:
+        keep_freed_memory()
         yield LocalGrid(client)
         return
     with processes(client, count) as pool:

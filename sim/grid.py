@@ -12,14 +12,18 @@ from ..protocols.legality import rank_of
 from ..protocols.update import Assignment, Description, Update
 from ..server.grid import Evaluated, Failure
 
-PORTION = 16
-"""Assignments trained in one call, at most: enough for one full cohort of small clients, few enough to share out."""
+PORTION = 64
+"""Assignments trained in one call, at most: enough for a full cohort of small clients."""
+
+QUARTERS = 4
+"""Parts of a round come in multiples of it: two or four workers have as many each, also where clients are few."""
 
 
-def portions(assignments: Sequence[Assignment]) -> list[Sequence[Assignment]]:
-    """A round in parts of like size, in order, which depend on nothing but their number: not on who trains them."""
-    count = -(-len(assignments) // PORTION)
-    bounds = [len(assignments) * part // max(1, count) for part in range(count + 1)]
+def portions(assignments: Sequence[Assignment], most: int) -> list[Sequence[Assignment]]:
+    """A round in parts of like size, in order, of at most PORTION and `most`: it does not matter who trains them."""
+    count, size = len(assignments), min(PORTION, most)
+    parts = min(count, QUARTERS * -(-count // (QUARTERS * size)))
+    bounds = [count * part // max(1, parts) for part in range(parts + 1)]
     return [assignments[first:last] for first, last in pairwise(bounds)]
 
 
@@ -67,7 +71,7 @@ class LocalGrid(VirtualNodes):
     def replies(self, timeout: float) -> Iterator[Update]:
         """Trains a portion of the round at a time. Virtual clients share this process, so there is no deadline."""
         sent, self._sent = self._sent, []
-        for portion in portions(sent):
+        for portion in portions(sent, self.client.together()):
             yield from self.client.train(portion)
 
     def exchange(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer]:

@@ -29,6 +29,7 @@ from ..protocols.errors import FedaptError, RunError
 from ..protocols.update import Assignment, Update
 from .grid import VirtualNodes, portions
 from .image import Bytes, Image, image
+from .memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class WorkerGrid(VirtualNodes):
     def replies(self, timeout: float) -> Iterator[Update]:
         """All answers, in the order of sending. Virtual clients are on this machine, so there is no deadline."""
         sent, self._sent = self._sent, []
-        work = [Portion(own, self.client.kept(own)) for own in portions(sent)]
+        work = [Portion(own, self.client.kept(own)) for own in portions(sent, self.client.together())]
         for portion, (updates, kept) in zip(work, self.pool.train(work), strict=True):
             self.client.keep(portion.assignments, kept)
             yield from updates
@@ -230,6 +231,7 @@ def _work(pipe: Connection, threads: int) -> None:
     """The life of a worker: it ends when the coordinating process closes the pipe, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that coordinates
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         descriptor = recv_handle(pipe)
         found, size = pipe.recv()

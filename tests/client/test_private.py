@@ -180,8 +180,8 @@ def test_parts_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     )  # the plain reference: one example after another
     assert relative(gradients_of(looped, examples, batch), reference) <= 1e-5
     for name, value, parts in (
-        ("COHORT_TOKENS", 1, 20),
-        ("CHUNK_BYTES", 3 * 4 * trainer.trained.size, range(7, 20)),
+        ("chunk_tokens", lambda _: 1, 20),
+        ("GRADIENT_BYTES", 3 * 4 * trainer.trained.size, range(7, 20)),
         ("LONGER", 100, 1),
     ):
         with monkeypatch.context() as patch:

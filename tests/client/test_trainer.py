@@ -284,7 +284,7 @@ def test_chunks_and_order_change_nothing(
     start = start_of(adapted, adapted.layout)
     reference, _ = trained_ragged(kind, local=local)
     for tokens, order in ((1, [0, 1, 2, 3, 4]), (60, [4, 2, 0, 1, 3]), (10**9, [3, 1, 4, 0, 2])):
-        monkeypatch.setattr(trainer_module, "COHORT_TOKENS", tokens)
+        monkeypatch.setattr(trainer_module, "chunk_tokens", lambda _, most=tokens: most)
         result, watched = trained_ragged(kind, local=local, only=order)
         assert max(watched.counts) in {1: {1}, 60: {2, 3, 4}}.get(tokens, {5})
         for own, member in zip(result, order, strict=True):
@@ -295,7 +295,7 @@ def test_chunks_and_order_change_nothing(
 
 
 def test_a_chunk_keeps_within_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "COHORT_TOKENS", 50)
+    monkeypatch.setattr(trainer_module, "chunk_tokens", lambda _: 50)
     adapted = model_of("bert")
     rows: list[int] = []
 

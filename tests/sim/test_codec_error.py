@@ -39,8 +39,8 @@ class Watched:
         self.client = build(spec).client
         self.exact, self.trained = self.client.under(spec.set("wire.codec=fp32")), self.client.train
         self.updates: list[Update] = []
-        self.alone: list[float] = []
-        self.errors: list[float] = []
+        self.alone: dict[int, list[float]] = {1: [], 2: []}
+        self.errors: dict[int, list[float]] = {1: [], 2: []}
         self.left: dict[int, Flat] = {}
         self.client.train = self.train  # type: ignore[method-assign]
 
@@ -48,16 +48,14 @@ class Watched:
         return list(Coordinator(self.client.spec, LocalGrid(self.client), MemoryStore()).rounds())
 
     def train(self, assignments: Sequence[Assignment]) -> list[Update]:
-        found, alone, errors = self.trained(assignments), [], []
+        found = self.trained(assignments)
         for update, whole in zip(found, self.exact.train(assignments), strict=True):
             decoded, change = (_change(client, u) for client, u in ((self.client, update), (self.exact, whole)))
             meant = change + self.left.get(update.node, np.zeros_like(change))
             self.left[update.node] = meant - decoded
-            alone.append(_off(decoded, change))
-            errors.append(_off(decoded, meant))
+            self.alone[update.round].append(_off(decoded, change))
+            self.errors[update.round].append(_off(decoded, meant))
         self.updates += found
-        self.alone.append(float(np.mean(alone)))
-        self.errors.append(float(np.mean(errors)))
         return found
 
 
@@ -73,11 +71,12 @@ def _off(decoded: Flat, meant: Flat) -> float:
 def test_the_error_reported_is_the_mean_of_what_nodes_lost(spec_of: SpecOf, wire: str) -> None:
     watched = Watched(spec_of("recipe.name=fedit", *WIRES[wire]))
     reported = [row["codec_error"] for row in watched.rows()]
+    alone, errors = ([float(np.mean(own)) for own in rounds.values()] for rounds in (watched.alone, watched.errors))
     assert len(reported) == 2
     assert min(reported) > 1e-4
-    assert reported == pytest.approx(watched.errors if wire == "top-k" else watched.alone, rel=1e-3)
+    assert reported == pytest.approx(errors if wire == "top-k" else alone, rel=1e-3)
     # The control: what was left of before is part of what top-k codes, and of nothing else.
-    assert reported != pytest.approx(watched.alone if wire == "top-k" else watched.errors, rel=1e-3)
+    assert reported != pytest.approx(alone if wire == "top-k" else errors, rel=1e-3)
 
 
 def test_fp32_loses_nothing(spec_of: SpecOf) -> None:

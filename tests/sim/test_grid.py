@@ -198,14 +198,15 @@ def test_a_large_round_comes_in_portions(federation: Federation, monkeypatch: An
         return asked
 
     grid = LocalGrid(federation.client)
-    monkeypatch.setattr(grid, "client", type("Counting", (), {"train": staticmethod(train)})())
+    counting = {"train": staticmethod(train), "together": staticmethod(lambda: 100)}
+    monkeypatch.setattr(grid, "client", type("Counting", (), counting)())
     asked = assignments(federation)[:1] * (2 * PORTION + 5)
     grid.send(asked)
     replies = grid.replies(1.0)
     next(replies)
     assert len(sizes) == 1, "answers come before the whole round is trained"
     assert 1 + len(list(replies)) == len(asked)
-    assert (sum(sizes), len(sizes)) == (len(asked), 3)
+    assert (sum(sizes), len(sizes)) == (len(asked), 4)
     assert max(sizes) <= min(sizes) + 1 <= PORTION, "parts of like size, so that workers end together"
 
 

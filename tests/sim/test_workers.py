@@ -117,10 +117,11 @@ def test_ledgers_are_charged_once(spec_of: SpecOf, tmp_path: Path) -> None:
 def test_a_round_is_cut_into_parts_of_like_size() -> None:
     for count in range(12):
         asked = [Assignment("run", 1, 1, node, "", b"") for node in range(count)]
-        cut = portions(asked)
-        assert [assignment for own in cut for assignment in own] == asked
-        assert len(cut) == -(-count // 2)
-        assert all(0 < len(own) <= 2 for own in cut)
+        for most in (1, 2, 9):
+            cut = portions(asked, most)
+            assert [assignment for own in cut for assignment in own] == asked
+            assert all(0 < len(own) <= min(2, most) for own in cut)  # of two at most, see above
+            assert len(cut) == count or len(cut) % 4 == 0, "two or four workers have as many each"
 
 
 def test_an_error_in_a_worker_comes_back_as_it_is(spec_of: SpecOf) -> None:
