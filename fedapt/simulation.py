@@ -123,7 +123,8 @@ def run(
     watch.say(_greeting(spec, federation))
     if folder is not None:
         federation = federation.keeping(Accounts(folder.sites))
-    store = SqliteStore(folder.store) if folder else MemoryStore()
+    # A simulation can be run again: its store outlives the process, and need not outlive the power.
+    store = SqliteStore(folder.store, "NORMAL") if folder else MemoryStore()
     if folder is not None:
         keep_on_disk(federation.client, folder.path / STANDINGS, fresh=store.find(spec.run.name) is None)
     with worker_grid(federation.client, workers, engine) as grid:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sqlalchemy import (
     URL,
@@ -257,20 +257,22 @@ def opened(path: Path) -> Engine:
     return engine
 
 
-def durable(path: Path) -> Engine:
+def durable(path: Path, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> Engine:
     """An SQLite file in which a commit is on disk when it returns, and readers never wait.
 
+    With "NORMAL" it is with the operating system when it returns: it outlives this process, however that ends, and the
+    last commits are lost where the power fails.
     What is stored never stands in the text of an error: it may be of somebody's data.
     """
     engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
-    sql_event.listen(engine, "connect", _durable)
+
+    def begin(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    sql_event.listen(engine, "connect", begin)
     return engine
-
-
-def _durable(connection: Any, _record: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
 
 
 def read_chain(path: Path) -> Chain:
