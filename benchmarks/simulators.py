@@ -305,6 +305,10 @@ def kept_work(folder: str) -> Work:
 
 
 def fedapt(folder: Path, mark: Callable[[], None], workers: int, bf16: bool) -> Tensors:
+    from fedapt.sim.forking import prepare
+
+    if workers > 1:
+        prepare()
     import torch
 
     torch.set_num_threads(max(1, workers))  # shared among the workers: one each
@@ -312,15 +316,12 @@ def fedapt(folder: Path, mark: Callable[[], None], workers: int, bf16: bool) -> 
     from fedapt.protocols.spec import RunSpec
     from fedapt.server.store import MemoryStore
     from fedapt.sim.federation import build
-    from fedapt.sim.workers import prepare
     from fedapt.simulation import coordinate, worker_grid
 
     class Marks(Silent):
         def row(self, row: Mapping[str, Any]) -> None:
             mark()
 
-    if workers > 1:
-        prepare()
     spec = RunSpec.load(folder / "spec.toml", ["model.precision=bf16"] if bf16 else [])
     client = build(spec).client
     mark()

@@ -151,6 +151,10 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a federation of virtual clients on this machine. Ctrl-C saves what is done; the same command goes on."""
+    if engine == "local" and workers != 1:
+        from .sim.forking import prepare
+
+        prepare()
     with _importing():
         from .presentation import result_json, result_text
         from .protocols.spec import RunSpec

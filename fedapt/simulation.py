@@ -30,9 +30,10 @@ from .server.store import MemoryStore, Row, SqliteStore, Store
 from .sim.clock import with_clock
 from .sim.federation import Federation, build
 from .sim.fleet import fleet_of
+from .sim.forking import prepare
 from .sim.grid import LocalGrid, VirtualNodes
 from .sim.memory import keep_freed_memory
-from .sim.workers import WorkerGrid, cores, prepare, processes
+from .sim.workers import WorkerGrid, cores, processes
 
 if TYPE_CHECKING:
     from .client.client import Client

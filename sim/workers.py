@@ -10,12 +10,11 @@ import os
 import pickle
 import signal
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
@@ -27,6 +26,7 @@ import torch
 from ..client.client import Client, Kept
 from ..protocols.errors import FedaptError, RunError
 from ..protocols.update import Assignment, Update
+from .forking import prepare
 from .grid import VirtualNodes, portions
 from .image import Bytes, Image, image
 from .memory import keep_freed_memory
@@ -168,18 +168,6 @@ def _shared_file() -> int:
         return os.dup(file.fileno())
 
 
-def prepare() -> None:
-    """Start importing what a worker needs, beside whatever this process does next.
-
-    Workers are forked from a process that has imported torch and done nothing else: it costs seconds once and not once
-    a worker, and no thread or lock of this process is copied, which is what makes a plain fork unsafe.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with _without_interrupts():
-        forkserver.ensure_running()
-
-
 def _started(number: int, threads: int) -> _Worker:
     context = get_context("forkserver")
     own, other = context.Pipe()
@@ -187,19 +175,6 @@ def _started(number: int, threads: int) -> _Worker:
     process.start()
     other.close()
     return _Worker(process, own)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that come of one started in here ignore Ctrl-C, which is for the one that coordinates."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _ask(worker: _Worker, portion: Portion) -> None:
