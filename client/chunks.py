@@ -19,9 +19,9 @@ LEAST_TOKENS, MOST_TOKENS = 2**10, 2**14
 
 
 def activation_bytes(model: nn.Module) -> int:
-    """About what a backward through all blocks needs of one token, in fp32."""
-    config: Any = model.config
-    config = config.get_text_config()
+    """About what a backward through all blocks needs of one token, in fp32; of a model that does not tell its sizes, one value."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return 4 * ACTIVATIONS * int(getattr(config, "num_hidden_layers", 1)) * int(getattr(config, "hidden_size", 1))
 
 

@@ -61,6 +61,8 @@ class Packed:
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.batched, self.blocks = Batched(model, names), PackedBlocks(model)
+        if any(head in self.blocks for head in self.batched.heads.values()):
+            raise NotBatchableError("a stacked layer inside the blocks has as many rows of each member")
 
     def __call__(self, stack: Stack, inputs: Inputs, dropout: Dropout | None = None) -> Tensor:
         mask = inputs.get("attention_mask")

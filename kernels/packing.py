@@ -112,6 +112,9 @@ class PackedBlocks:
         if not self.configs or any(config._attn_implementation != "sdpa" for config in self.configs):
             raise ValueError("the blocks' attention is not transformers' SDPA: it cannot be given packed rows")
 
+    def __contains__(self, module: nn.Module) -> bool:
+        return any(module is own for block in self.blocks for own in block.modules())
+
     @contextmanager
     def packed(self, packing: Packing) -> Iterator[None]:
         """Within it the first block packs what it is given, and the last one unpacks what it gives."""

@@ -26,7 +26,7 @@ from ..protocols.update import Assignment, Description, Update, version_of
 from .admission import refusal
 from .advance import UNSCORED, Score, advance
 from .clock import Clocked, Virtual
-from .grid import Failure, NodeGrid
+from .grid import Failure, NodeGrid, Parted
 from .optimizers import Buffers
 from .participation import draw, wanted
 from .private import OWN_BUFFERS, BandedLevel, ClientLevel, client_level
@@ -296,6 +296,8 @@ class Coordinator:
             return []
         failures = []
         enough = wanted(len(assignments), self.spec.participation)
+        if isinstance(self.grid, Parted):
+            self.grid.part(list(assignments.values()))
         self.grid.send(waiting)
         for reply in self.grid.replies(self.spec.participation.deadline_seconds):
             if isinstance(reply, Failure):

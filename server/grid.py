@@ -45,3 +45,11 @@ class NodeGrid(Protocol):
 
     def evaluate(self, assignments: Sequence[Assignment], timeout: float) -> Iterator[Evaluated | Failure]:
         """The nodes' scores of the adapters in the assignments, on their own data, as they come."""
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """A grid that trains a round in parts."""
+
+    def part(self, assignments: Sequence[Assignment]) -> None:
+        """All of a round, before what is unanswered of it is sent: a run that goes on has the parts that it had before."""

@@ -145,6 +145,9 @@ class FleetGrid:
         self.now, self._arrived = end, found.arrived
         return {TIME: end / SECOND} | ({} if private else {"lost": found.lost})
 
+    def part(self, assignments: Sequence[Assignment]) -> None:
+        self.grid.part(assignments)
+
     def send(self, assignments: Sequence[Assignment]) -> None:
         """Train those whose updates arrive; before them, where nodes keep something, those whose updates do not."""
         lost = [asked for asked in assignments if asked.node not in self._arrived]

@@ -33,6 +33,7 @@ class VirtualNodes(ABC):
     def __init__(self, client: Client) -> None:
         self.client = client
         self._sent: list[Assignment] = []
+        self._round: list[Assignment] = []
 
     def nodes(self) -> list[int]:
         return self.client.sites.nodes
@@ -48,8 +49,19 @@ class VirtualNodes(ABC):
     def describe(self) -> Description:
         return self.client.describe()
 
+    def part(self, assignments: Sequence[Assignment]) -> None:
+        self._round = list(assignments)
+
     def send(self, assignments: Sequence[Assignment]) -> None:
         self._sent = list(assignments)
+
+    def parts(self) -> list[Sequence[Assignment]]:
+        """What was sent, in the parts of its round, which do not depend on what of them is answered already."""
+        sent, self._sent = self._sent, []
+        whole, self._round = self._round or sent, []
+        waiting = set(sent)
+        cut = ([asked for asked in own if asked in waiting] for own in portions(whole, self.client.together()))
+        return [own for own in cut if own]
 
     @abstractmethod
     def replies(self, timeout: float) -> Iterator[Update | Failure]: ...
@@ -70,8 +82,7 @@ class LocalGrid(VirtualNodes):
 
     def replies(self, timeout: float) -> Iterator[Update]:
         """Trains a portion of the round at a time. Virtual clients share this process, so there is no deadline."""
-        sent, self._sent = self._sent, []
-        for portion in portions(sent, self.client.together()):
+        for portion in self.parts():
             yield from self.client.train(portion)
 
     def exchange(self, requests: Sequence[Exchange], timeout: float) -> Iterator[Answer]:

@@ -27,7 +27,7 @@ from ..client.client import Client, Kept
 from ..protocols.errors import FedaptError, RunError
 from ..protocols.update import Assignment, Update
 from .forking import prepare
-from .grid import VirtualNodes, portions
+from .grid import VirtualNodes
 from .image import Bytes, Image, image
 from .memory import keep_freed_memory
 
@@ -68,8 +68,7 @@ class WorkerGrid(VirtualNodes):
 
     def replies(self, timeout: float) -> Iterator[Update]:
         """All answers, in the order of sending. Virtual clients are on this machine, so there is no deadline."""
-        sent, self._sent = self._sent, []
-        work = [Portion(own, self.client.kept(own)) for own in portions(sent, self.client.together())]
+        work = [Portion(own, self.client.kept(own)) for own in self.parts()]
         for portion, (updates, kept) in zip(work, self.pool.train(work), strict=True):
             self.client.keep(portion.assignments, kept)
             yield from updates

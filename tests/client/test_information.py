@@ -92,7 +92,7 @@ def test_a_chunk_may_hold_one_example(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = model_of("bert").layout.select({"B", "other"})
     examples, at = examples_for("bert", 7, 3), point("bert", trained, 3)
     together = measured("bert", trained, examples, at)
-    monkeypatch.setattr("fedapt.client.example_gradients.CHUNK_BYTES", 1)
+    monkeypatch.setattr("fedapt.client.example_gradients.GRADIENT_BYTES", 1)
     np.testing.assert_allclose(measured("bert", trained, examples, at), together, rtol=1e-3, atol=1e-9)
 
 
